@@ -1,0 +1,89 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"countersign.io/countersign/api"
+	adminv1 "countersign.io/countersign/api/admin/v1"
+	"countersign.io/countersign/cmd/internal/cli"
+	"countersign.io/countersign/config"
+	"countersign.io/countersign/identity"
+)
+
+// admin is what every operator's command needs: the socket, the format, and one call's deadline.
+type admin struct {
+	socket  string
+	timeout time.Duration
+	out     cli.Output
+}
+
+// flags adds the common flags to a command group.
+func (a *admin) flags(cmd *cobra.Command) {
+	cmd.PersistentFlags().StringVar(&a.socket, "socket", "", "admin socket of a member on this machine (default $COUNTERSIGN_ADMIN_SOCKET, "+config.DefaultAdminSocket+", or that of countersign dev)")
+	cmd.PersistentFlags().DurationVar(&a.timeout, "timeout", 15*time.Second, "how long a call may take")
+	a.out.Flag(cmd)
+}
+
+// call connects and runs f with the caller's deadline; errors of the other side come back as sentinels.
+func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminClient) error) error {
+	if err := a.out.Check(); err != nil {
+		return err
+	}
+	path, err := adminSocket(a.socket)
+	if err != nil {
+		return err
+	}
+	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return fmt.Errorf("connecting to %s: %w", path, err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
+	defer cancel()
+	if err := api.FromStatus(f(ctx, adminv1.NewAdminClient(conn))); err != nil {
+		if errors.Is(err, identity.ErrUnavailable) {
+			return fmt.Errorf("asking the member at %s (is it running? countersign server run, or countersign dev): %w", path, err)
+		}
+		return err
+	}
+	return nil
+}
+
+// adminSocket finds the socket: as told, or the first that is there.
+func adminSocket(told string) (string, error) {
+	if told == "" {
+		told = os.Getenv("COUNTERSIGN_ADMIN_SOCKET")
+	}
+	if told != "" {
+		return filepath.Abs(told)
+	}
+	candidates := []string{config.DefaultAdminSocket}
+	if dir, err := devDataDir(); err == nil {
+		candidates = append(candidates, filepath.Join(dir, "admin.sock"))
+	}
+	for _, c := range candidates {
+		if _, err := os.Stat(c); err == nil || !errors.Is(err, fs.ErrNotExist) {
+			return c, nil
+		}
+	}
+	return "", fmt.Errorf("%w: no member is running here: looked for %v; name its socket with --socket", identity.ErrUnavailable, candidates)
+}
+
+// devDataDir is where countersign dev keeps everything unless told otherwise.
+func devDataDir() (string, error) {
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", fmt.Errorf("finding the home folder: %w", err)
+	}
+	return filepath.Join(home, ".countersign", "dev"), nil
+}

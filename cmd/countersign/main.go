@@ -1,0 +1,45 @@
+// Command countersign is the server: a member of the CA cluster, the commands that operate it, and a
+// development mode that needs no configuration.
+package main
+
+import (
+	"context"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"countersign.io/countersign/cmd/internal/cli"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetContext(ctx)
+	return cli.Execute(root, args, stdout, stderr)
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "countersign",
+		Short: "A certificate authority and workload identity server",
+		Long: `Countersign gives every workload a short-lived SPIFFE identity, proven by the workload itself.
+
+Start with "countersign dev", then in another terminal "countersign-agent fetch x509".`,
+		Version: version,
+	}
+	a := &admin{}
+	root.AddCommand(serverCommand(), devCommand(), tokenCommand(a), kubeCommand(a), entryCommand(a), agentCommand(a), bundleCommand(a), statusCommand(a))
+	return root
+}

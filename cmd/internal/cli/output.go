@@ -1,0 +1,157 @@
+// Package cli is what both commands share towards a person: output formats, exit codes, logs and signals.
+package cli
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	"countersign.io/countersign/config"
+	"countersign.io/countersign/identity"
+)
+
+// Output is the -o flag's value.
+type Output struct{ format string }
+
+// Flag adds -o to a command.
+func (o *Output) Flag(cmd *cobra.Command) {
+	cmd.PersistentFlags().StringVarP(&o.format, "output", "o", "table", "output format: table, json or yaml")
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// Check refuses an unknown format before any work is done.
+func (o *Output) Check() error {
+	switch o.format {
+	case "table", "json", "yaml":
+		return nil
+	}
+	return fmt.Errorf("%w: -o %q: want table, json or yaml", identity.ErrInvalid, o.format)
+}
+
+// Table is a human answer: a header and rows.
+type Table struct {
+	Header []string
+	Rows   [][]string
+}
+
+// Print writes v, a proto message or a plain value, as json or yaml; or the table.
+func (o *Output) Print(w io.Writer, v any, table func() Table) error {
+	if o.format == "table" {
+		t := table()
+		tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+		if len(t.Header) > 0 {
+			fmt.Fprintln(tw, strings.Join(t.Header, "\t"))
+		}
+		for _, r := range t.Rows {
+			fmt.Fprintln(tw, strings.Join(r, "\t"))
+		}
+		return tw.Flush()
+	}
+	data, err := marshal(v)
+	if err != nil {
+		return err
+	}
+	if o.format == "yaml" {
+		// JSON is YAML: going through a node keeps the order of the fields.
+		var n yaml.Node
+		if err := yaml.Unmarshal(data, &n); err != nil {
+			return fmt.Errorf("converting to yaml: %w", err)
+		}
+		blockStyle(&n)
+		data, err = yaml.Marshal(&n)
+		if err != nil {
+			return fmt.Errorf("converting to yaml: %w", err)
+		}
+		_, err = w.Write(data)
+		return err
+	}
+	_, err = fmt.Fprintln(w, string(data))
+	return err
+}
+
+func marshal(v any) ([]byte, error) {
+	if m, ok := v.(proto.Message); ok {
+		data, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
+		if err != nil {
+			return nil, fmt.Errorf("converting to json: %w", err)
+		}
+		v = json.RawMessage(data) // re-indented below: protojson's own spacing is random on purpose
+	}
+	return json.MarshalIndent(v, "", "  ")
+}
+
+func blockStyle(n *yaml.Node) {
+	n.Style = 0
+	for _, c := range n.Content {
+		blockStyle(c)
+	}
+}
+
+// Logger writes to w as the configuration says.
+func Logger(w io.Writer, c config.Log) *slog.Logger {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.Level)); err != nil {
+		level = slog.LevelInfo
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	if c.Format == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// Exit codes, stable for scripts.
+const (
+	ExitOK          = 0
+	ExitFailure     = 1
+	ExitUsage       = 2 // the command line or input is wrong
+	ExitNotFound    = 3
+	ExitDenied      = 4 // not authenticated or not permitted
+	ExitUnavailable = 5 // try again
+)
+
+// ExitCode maps an error to a stable exit code.
+func ExitCode(err error) int {
+	switch {
+	case err == nil:
+		return ExitOK
+	case errors.Is(err, identity.ErrInvalid):
+		return ExitUsage
+	case errors.Is(err, identity.ErrNotFound):
+		return ExitNotFound
+	case errors.Is(err, identity.ErrDenied), errors.Is(err, identity.ErrUnauthenticated):
+		return ExitDenied
+	case errors.Is(err, identity.ErrUnavailable):
+		return ExitUnavailable
+	}
+	return ExitFailure
+}
+
+// Execute runs a root command and prints the error as one line with the next step.
+func Execute(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	root.SilenceErrors = true
+	root.SilenceUsage = true
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return fmt.Errorf("%w: %v: see %s --help", identity.ErrInvalid, err, c.CommandPath())
+	})
+	err := root.Execute()
+	if err != nil {
+		fmt.Fprintf(stderr, "%s: %v\n", root.Name(), err)
+	}
+	return ExitCode(err)
+}
+
+// JSON reports whether machine-readable lines are wanted of a command that streams.
+func (o *Output) JSON() bool { return o.format != "table" }
