@@ -1,0 +1,167 @@
+package ca
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/cryptosigner"
+	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"countersign.io/countersign/identity"
+)
+
+// jwtSigner is the trust domain's shared JWT key. It never changes.
+type jwtSigner struct {
+	kid                 string
+	publicKey           []byte // PKIX DER
+	signer              jose.Signer
+	notBefore, notAfter time.Time
+}
+
+func newJWTSigner(a *identity.Authority, open func(identity.Authority) (crypto.Signer, error)) (*jwtSigner, error) {
+	pub, err := x509.ParsePKIXPublicKey(a.PublicKey)
+	if err != nil {
+		return nil, fmt.Errorf("%w: parsing its public key: %v", identity.ErrInvalid, err)
+	}
+	if a.ID == "" {
+		return nil, fmt.Errorf("%w: it has no ID, which tokens carry as kid", identity.ErrInvalid)
+	}
+	alg, err := jwtAlgorithm(pub)
+	if err != nil {
+		return nil, err
+	}
+	key, err := openSigner(a, pub, open)
+	if err != nil {
+		return nil, err
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{
+		Algorithm: alg,
+		Key:       jose.JSONWebKey{Key: cryptosigner.Opaque(key), KeyID: a.ID},
+	}, (&jose.SignerOptions{}).WithType("JWT"))
+	if err != nil {
+		return nil, fmt.Errorf("loading its key: %w", err)
+	}
+	return &jwtSigner{kid: a.ID, publicKey: a.PublicKey, signer: signer, notBefore: a.NotBefore, notAfter: a.NotAfter}, nil
+}
+
+// is reports whether the signer is the record's.
+func (s *jwtSigner) is(a *identity.Authority) bool {
+	return s != nil && s.kid == a.ID && bytes.Equal(s.publicKey, a.PublicKey) && s.notBefore.Equal(a.NotBefore) && s.notAfter.Equal(a.NotAfter)
+}
+
+// jwtAlgorithm is the alg that goes with a key; JWT-SVID section 2.1 has others, which we have no use for.
+func jwtAlgorithm(pub crypto.PublicKey) (jose.SignatureAlgorithm, error) {
+	if err := CheckPublicKey(pub); err != nil {
+		return "", err
+	}
+	switch pub := pub.(type) {
+	case *ecdsa.PublicKey:
+		if pub.Curve == elliptic.P256() {
+			return jose.ES256, nil
+		}
+	case *rsa.PublicKey:
+		return jose.RS256, nil
+	}
+	return "", fmt.Errorf("%w: its key is neither P-256 (%s) nor RSA (%s)", identity.ErrInvalid, ES256, RS256)
+}
+
+// PreparedJWT is a JWT-SVID that was checked and is not signed yet. It is good for one Issue.
+type PreparedJWT struct {
+	ca     *CA
+	signer *jwtSigner
+	claims jwt.Claims
+	svid   identity.JWTSVID
+	used   atomic.Bool
+}
+
+// PrepareJWT checks a request without touching a key. The ID is one of the trust domain's workloads, the audience
+// has 1 to identity.MaxAudiences values. A TTL of zero is the default; the token never outlives its key. Errors wrap
+// identity.ErrInvalid, identity.ErrDenied (an ID of the cluster's own) or identity.ErrUnavailable (this member
+// cannot sign now).
+func (c *CA) PrepareJWT(id spiffeid.ID, audience []string, ttl time.Duration) (*PreparedJWT, error) {
+	fail := func(err error) (*PreparedJWT, error) {
+		return nil, fmt.Errorf("preparing JWT-SVID for %.200q: %w", id, err)
+	}
+	if err := c.checkID(id); err != nil {
+		return fail(err)
+	}
+	if identity.RoleOf(id) != identity.RoleWorkload {
+		return fail(fmt.Errorf("%w: members and agents have no tokens, which whoever sees them could replay", identity.ErrDenied))
+	}
+	if err := checkAudience(audience); err != nil {
+		return fail(err)
+	}
+	ttl, err := checkTTL(ttl, c.cfg.JWTTTL, identity.MaxJWTTL)
+	if err != nil {
+		return fail(err)
+	}
+	now := c.cfg.Now()
+	signer, err := c.state.Load().jwtAt(now)
+	if err != nil {
+		return nil, err
+	}
+	// Tokens carry whole seconds, so that is what we tell.
+	issued := now.UTC().Truncate(time.Second)
+	expires := earlier(now.Add(ttl), signer.notAfter).UTC().Truncate(time.Second)
+	return &PreparedJWT{
+		ca:     c,
+		signer: signer,
+		claims: jwt.Claims{
+			Subject:  id.String(),
+			Audience: slices.Clone(audience),
+			IssuedAt: jwt.NewNumericDate(issued),
+			Expiry:   jwt.NewNumericDate(expires),
+		},
+		svid: identity.JWTSVID{ID: id, IssuedAt: issued, ExpiresAt: expires},
+	}, nil
+}
+
+// checkAudience: JWT-SVID section 3.2 wants one at least.
+func checkAudience(audience []string) error {
+	if len(audience) == 0 {
+		return fmt.Errorf("%w: no audience: name who the token is for", identity.ErrInvalid)
+	}
+	if len(audience) > identity.MaxAudiences {
+		return fmt.Errorf("%w: %d audiences: at the most %d", identity.ErrInvalid, len(audience), identity.MaxAudiences)
+	}
+	for _, a := range audience {
+		if a == "" || len(a) > identity.MaxAudienceBytes || !utf8.ValidString(a) {
+			return fmt.Errorf("%w: audience %.50q: want 1 to %d bytes of UTF-8", identity.ErrInvalid, a, identity.MaxAudienceBytes)
+		}
+	}
+	return nil
+}
+
+// Issue signs what was prepared. Only the first call can succeed; the error of another wraps
+// identity.ErrPrecondition, and identity.ErrUnavailable says that the trust domain gave the authority up since. The token has the compact serialization and no header but alg, kid and typ (JWT-SVID
+// sections 1 and 2).
+func (p *PreparedJWT) Issue() (identity.JWTSVID, error) {
+	if p == nil || p.signer == nil {
+		return identity.JWTSVID{}, errors.New("issuing JWT-SVID: it was not prepared")
+	}
+	if p.used.Swap(true) {
+		return identity.JWTSVID{}, fmt.Errorf("issuing JWT-SVID for %s: %w: it was issued already", p.svid.ID, identity.ErrPrecondition)
+	}
+	if !p.ca.state.Load().vouched[p.signer.kid] {
+		return identity.JWTSVID{}, fmt.Errorf("issuing JWT-SVID for %s: %w: authority %s is no longer trusted: try again", p.svid.ID, identity.ErrUnavailable, p.signer.kid)
+	}
+	token, err := jwt.Signed(p.signer.signer).Claims(p.claims).Serialize()
+	if err != nil {
+		return identity.JWTSVID{}, fmt.Errorf("issuing JWT-SVID for %s: signing: %w", p.svid.ID, err)
+	}
+	svid := p.svid
+	svid.Token = token
+	return svid, nil
+}
