@@ -1,0 +1,378 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"countersign.io/countersign/api"
+	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/ca"
+	"countersign.io/countersign/identity"
+)
+
+// This file is the issuing walk, the one way from evidence to an SVID of a workload:
+//
+//	1  can this member decide and sign?              Ready
+//	2  who asks?                                     the rule table (rules.go): an agent with a live record, or a guest
+//	3  is the request within bounds?                 checkBatch, checkAudience
+//	4  what is proven?                               prove: the token is verified, its node is the agent's
+//	5  which identities is that?                     entitled: entries, or the kube cluster's default
+//	6  can each be signed as it stands?              ca.PrepareX509, ca.PrepareJWT: no key has been touched so far
+//	7  sign                                          Issue
+//
+// Nothing is written anywhere: a member without a quorum walks the same way. What is decided rests on this
+// member's own state, whose revision is in the answer.
+
+const (
+	// maxIdentities bounds what one workload can be entitled to: each costs a signature.
+	maxIdentities = 64
+	// batchWidth is how many requests of a batch are worked on at a time: a token may wait for an API server.
+	batchWidth = 8
+)
+
+// workloadService serves issuance.
+type workloadService struct {
+	workloadv1.UnimplementedWorkloadServer
+	*Server
+}
+
+// IssueX509 signs X.509-SVIDs, each request on its own: one that fails does not fail the others.
+func (s workloadService) IssueX509(ctx context.Context, req *workloadv1.IssueX509Request) (*workloadv1.IssueX509Response, error) {
+	if err := s.Ready(); err != nil {
+		return nil, err
+	}
+	who := callOf(ctx)
+	if err := checkBatch(len(req.Requests), who); err != nil {
+		return nil, err
+	}
+	resp := &workloadv1.IssueX509Response{Revision: s.cfg.State.Revision()}
+	// The chain is sent once for the batch. A batch during which the issuer was renewed is done again.
+	for range 2 {
+		results, chain, mixed := s.issueBatch(ctx, who, req.Requests)
+		if mixed {
+			continue
+		}
+		resp.Results, resp.IssuerChain = results, chain
+		if who.kind == guest {
+			if e := results[0].Error; e != nil { // one request, and nobody who would look into results
+				return nil, status.Error(codes.Code(e.Code), e.Message)
+			}
+			resp.Bundle = api.BundleToWire(s.cfg.State.Bundle())
+		}
+		return resp, nil
+	}
+	return nil, fmt.Errorf("%w: this member's issuer is being renewed: try again", identity.ErrUnavailable)
+}
+
+func (s *Server) issueBatch(ctx context.Context, who call, reqs []*workloadv1.X509Request) (results []*workloadv1.X509Result, chain [][]byte, mixed bool) {
+	results = make([]*workloadv1.X509Result, len(reqs))
+	chains := make([][][]byte, len(reqs))
+	var g errgroup.Group
+	g.SetLimit(batchWidth)
+	for i, r := range reqs {
+		g.Go(func() error {
+			results[i], chains[i] = s.issueX509(ctx, who, r)
+			return nil
+		})
+	}
+	g.Wait()
+	for _, c := range chains {
+		switch {
+		case c == nil:
+		case chain == nil:
+			chain = c
+		default:
+			mixed = mixed || !slices.EqualFunc(chain, c, slices.Equal[[]byte])
+		}
+	}
+	return results, chain, mixed
+}
+
+// issueX509 walks once: one workload, one public key, all its identities or none.
+func (s *Server) issueX509(ctx context.Context, who call, req *workloadv1.X509Request) (*workloadv1.X509Result, [][]byte) {
+	res := &workloadv1.X509Result{}
+	fail := func(err error) (*workloadv1.X509Result, [][]byte) {
+		st := status.Convert(s.report(who.caller, workloadv1.Workload_IssueX509_FullMethodName, err))
+		res.Error = &workloadv1.Error{Code: uint32(st.Code()), Message: st.Message()}
+		return res, nil
+	}
+	key, err := ca.ParsePublicKey(req.GetPublicKey())
+	if err != nil {
+		return fail(err)
+	}
+	sel, err := s.prove(ctx, who, req.GetEvidence())
+	if err != nil {
+		return fail(err)
+	}
+	res.Selectors = api.SelectorsToWire(sel)
+	now := s.cfg.Now()
+	grants, err := s.entitled(sel, now)
+	if err != nil {
+		return fail(err)
+	}
+	prepared := make([]*ca.PreparedX509, len(grants))
+	for i, g := range grants {
+		prepared[i], err = s.cfg.CA.PrepareX509(identity.Issuance{ID: g.id, PublicKey: key, DNSNames: g.dns, TTL: clamp(g.entry.X509TTL, s.cfg.X509TTL, g.entry, now)})
+		if err != nil {
+			return fail(fmt.Errorf("preparing the SVID of entry %s: %w", g.entry.ID, err))
+		}
+	}
+	var chain [][]byte
+	svids := make([]*workloadv1.X509SVID, len(grants))
+	for i, g := range grants {
+		svid, err := prepared[i].Issue()
+		if err != nil {
+			return fail(fmt.Errorf("issuing %s: %w", g.id, err))
+		}
+		if chain == nil {
+			chain = svid.Chain[1:]
+		} else if !slices.EqualFunc(chain, svid.Chain[1:], slices.Equal[[]byte]) {
+			return fail(fmt.Errorf("%w: this member's issuer is being renewed: try again", identity.ErrUnavailable))
+		}
+		svids[i] = &workloadv1.X509SVID{
+			EntryId: g.entry.ID, EntryRevision: g.entry.Revision, SpiffeId: g.id.String(), Leaf: svid.Chain[0],
+			Hint: g.entry.Hint, FederatesWith: g.entry.FederatesWith,
+			NotBefore: timestamppb.New(svid.NotBefore), NotAfter: timestamppb.New(svid.NotAfter),
+		}
+	}
+	res.Svids = svids
+	return res, chain
+}
+
+// IssueJWT signs JWT-SVIDs for one workload.
+func (s workloadService) IssueJWT(ctx context.Context, req *workloadv1.IssueJWTRequest) (*workloadv1.IssueJWTResponse, error) {
+	if err := s.Ready(); err != nil {
+		return nil, err
+	}
+	who := callOf(ctx)
+	if err := checkAudience(req.Audience); err != nil {
+		return nil, err
+	}
+	resp := &workloadv1.IssueJWTResponse{Revision: s.cfg.State.Revision()}
+	sel, err := s.prove(ctx, who, req.Evidence)
+	if err != nil {
+		return nil, err
+	}
+	now := s.cfg.Now()
+	grants, err := s.entitled(sel, now)
+	if err != nil {
+		return nil, err
+	}
+	if req.SpiffeId != "" {
+		grants = slices.DeleteFunc(grants, func(g grant) bool { return g.id.String() != req.SpiffeId })
+		if len(grants) == 0 {
+			return nil, fmt.Errorf("%w: the workload is not entitled to %q", identity.ErrDenied, req.SpiffeId)
+		}
+	}
+	prepared := make([]*ca.PreparedJWT, len(grants))
+	for i, g := range grants {
+		if prepared[i], err = s.cfg.CA.PrepareJWT(g.id, req.Audience, clamp(g.entry.JWTTTL, s.cfg.JWTTTL, g.entry, now)); err != nil {
+			return nil, fmt.Errorf("preparing the JWT-SVID of entry %s: %w", g.entry.ID, err)
+		}
+	}
+	for i, g := range grants {
+		svid, err := prepared[i].Issue()
+		if err != nil {
+			return nil, fmt.Errorf("issuing %s: %w", g.id, err)
+		}
+		resp.Svids = append(resp.Svids, &workloadv1.JWTSVID{
+			EntryId: g.entry.ID, EntryRevision: g.entry.Revision, SpiffeId: g.id.String(), Token: svid.Token, Hint: g.entry.Hint,
+			IssuedAt: timestamppb.New(svid.IssuedAt), ExpiresAt: timestamppb.New(svid.ExpiresAt),
+		})
+	}
+	if who.kind == guest {
+		resp.Bundle = api.BundleToWire(s.cfg.State.Bundle())
+	}
+	return resp, nil
+}
+
+func checkBatch(n int, who call) error {
+	switch {
+	case n == 0:
+		return fmt.Errorf("%w: no requests", identity.ErrInvalid)
+	case n > identity.MaxBatch:
+		return fmt.Errorf("%w: %d requests: at the most %d in one call", identity.ErrInvalid, n, identity.MaxBatch)
+	case n > 1 && who.kind == guest:
+		return fmt.Errorf("%w: %d requests: a caller without a certificate asks for itself only, with exactly one", identity.ErrInvalid, n)
+	}
+	return nil
+}
+
+func checkAudience(aud []string) error {
+	if len(aud) == 0 || len(aud) > identity.MaxAudiences {
+		return fmt.Errorf("%w: %d audiences: want 1 to %d", identity.ErrInvalid, len(aud), identity.MaxAudiences)
+	}
+	for _, a := range aud {
+		if a == "" || len(a) > identity.MaxAudienceBytes {
+			return fmt.Errorf("%w: an audience of %d bytes: want 1 to %d", identity.ErrInvalid, len(a), identity.MaxAudienceBytes)
+		}
+	}
+	return nil
+}
+
+// prove turns evidence into selectors, sorted: what the token proves, what the agent may say on its own, and
+// what is known of the agent. Nothing else counts.
+func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) ([]identity.Selector, error) {
+	seen, err := identity.ParseSelectors(ev.GetSelectors())
+	if err != nil {
+		return nil, err
+	}
+	token := ev.GetToken()
+	if who.kind == guest {
+		if len(seen) > 0 || token == "" {
+			return nil, fmt.Errorf("%w: a caller without a certificate shows its pod's service account token and nothing else", identity.ErrUnauthenticated)
+		}
+	} else if len(seen) == 0 && token == "" {
+		return nil, fmt.Errorf("%w: no evidence: neither selectors nor a token", identity.ErrInvalid)
+	}
+	for _, sel := range seen {
+		if sel.Proven() {
+			return nil, fmt.Errorf("%w: selector %q cannot be asserted, only proven: agents say unix: and systemd:", identity.ErrDenied, sel)
+		}
+	}
+	if token != "" {
+		if len(token) > identity.MaxTokenBytes {
+			return nil, fmt.Errorf("%w: a token of %d bytes: at the most %d", identity.ErrInvalid, len(token), identity.MaxTokenBytes)
+		}
+		claims, err := s.cfg.Pods.Verify(ctx, []byte(token))
+		if err != nil {
+			return nil, fmt.Errorf("verifying the pod's token: %w", err)
+		}
+		if who.agent != nil {
+			if err := sameNode(who.agent, claims.Cluster, claims.NodeName, claims.Namespace, claims.PodName); err != nil {
+				return nil, err
+			}
+		}
+		seen = append(seen, claims.Selectors()...)
+	}
+	if who.agent != nil {
+		seen = append(seen, who.agent.Selectors...)
+	}
+	return identity.SortSelectors(seen), nil
+}
+
+// sameNode keeps a token from being used anywhere but on the node that its pod runs on: promise 1.
+func sameNode(a *identity.Agent, cluster, node, namespace, pod string) error {
+	if a.KubeNode == "" {
+		return fmt.Errorf("%w: agent %s was attested without a Kubernetes node, so it cannot speak for pods: attest it with its pod's own token (attest.kube), or make its join token with the node (countersign token create --kube-cluster %s --kube-node NODE)", identity.ErrDenied, a.ID, cluster)
+	}
+	if a.KubeCluster != cluster || a.KubeNode != node {
+		return fmt.Errorf("%w: pod %s/%s runs on node %q of kube cluster %q, but agent %s speaks for node %q of kube cluster %q", identity.ErrDenied, namespace, pod, node, cluster, a.ID, a.KubeNode, a.KubeCluster)
+	}
+	return nil
+}
+
+// grant is one identity that a workload is entitled to.
+type grant struct {
+	entry *identity.Entry
+	id    spiffeid.ID
+	dns   []string
+}
+
+// DefaultEntryID is the entry ID of the identity that a kube cluster's pods have without any entry.
+func DefaultEntryID(cluster string) string { return "default:" + cluster }
+
+// entitled are the identities of a workload with these selectors (sorted), the default one first; an error that
+// says why if there is none. An entry that cannot be filled in for this workload is left out as long as
+// another can. The sync hub asks the same function, so that what it compares is what would be issued.
+func (s *Server) entitled(sel []identity.Selector, now time.Time) ([]grant, error) {
+	cluster, known := s.clusterOf(sel)
+	if !known {
+		return nil, fmt.Errorf("%w: kube cluster %q is not registered", identity.ErrDenied, cluster)
+	}
+	entries := slices.DeleteFunc(s.cfg.State.Match(sel), func(e *identity.Entry) bool { return e.Expired(now) })
+	if len(entries) == 0 {
+		if d := s.defaultEntry(cluster); d != nil {
+			entries = append(entries, d)
+		}
+	}
+	if len(entries) == 0 {
+		return nil, fmt.Errorf("%w: no entry matches the workload; it has %v", identity.ErrDenied, sel)
+	}
+	if len(entries) > maxIdentities {
+		return nil, fmt.Errorf("%w: %d entries match the workload: at the most %d", identity.ErrPrecondition, len(entries), maxIdentities)
+	}
+	var fault error
+	grants := make([]grant, 0, len(entries))
+	for _, e := range entries {
+		g, err := s.fill(e, sel)
+		if err != nil {
+			fault = fmt.Errorf("entry %s: %w", e.ID, err)
+			s.cfg.Log.Warn("an entry cannot be used for a workload", "entry", e.ID, "error", err)
+			continue
+		}
+		grants = append(grants, g)
+	}
+	if len(grants) == 0 {
+		return nil, fault
+	}
+	return grants, nil
+}
+
+// clamp is the lifetime that an SVID is asked for: an entry that expires takes what was issued by it along, to within
+// the least lifetime there is.
+func clamp(ttl, standard time.Duration, e *identity.Entry, now time.Time) time.Duration {
+	if e.ExpiresAt.IsZero() {
+		return ttl
+	}
+	if ttl == 0 {
+		ttl = standard
+	}
+	return max(min(ttl, e.ExpiresAt.Sub(now)), identity.MinTTL)
+}
+
+// clusterOf is the kube cluster of a pod, "" of anything else, and whether it is registered.
+func (s *Server) clusterOf(sel []identity.Selector) (name string, known bool) {
+	for _, x := range sel {
+		if x.Name() == "k8s:cluster" {
+			_, known = s.cfg.State.KubeCluster(x.Value())
+			return x.Value(), known
+		}
+	}
+	return "", true
+}
+
+func (s *Server) defaultEntry(cluster string) *identity.Entry {
+	if cluster == "" {
+		return nil
+	}
+	k, ok := s.cfg.State.KubeCluster(cluster)
+	if !ok || k.DefaultID == "" {
+		return nil
+	}
+	return &identity.Entry{ID: DefaultEntryID(cluster), SPIFFEID: s.cfg.TrustDomain.IDString() + k.DefaultID, Revision: k.Revision}
+}
+
+func (s *Server) fill(e *identity.Entry, sel []identity.Selector) (grant, error) {
+	g := grant{entry: e}
+	t, err := identity.ParseTemplate(e.SPIFFEID)
+	if err != nil {
+		return g, err
+	}
+	if g.id, err = t.ExpandID(s.cfg.TrustDomain, sel); err != nil {
+		return g, err
+	}
+	for _, n := range e.DNSNames {
+		t, err := identity.ParseTemplate(n)
+		if err != nil {
+			return g, err
+		}
+		name, err := t.Expand(sel)
+		if err != nil {
+			return g, err
+		}
+		if err := identity.ParseDNSName(name); err != nil {
+			return g, err
+		}
+		g.dns = append(g.dns, name)
+	}
+	return g, nil
+}

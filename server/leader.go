@@ -1,0 +1,107 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"countersign.io/countersign/ca"
+	"countersign.io/countersign/identity"
+)
+
+const (
+	sweepEvery = time.Minute
+	retryFirst = 100 * time.Millisecond
+	retryMost  = 5 * time.Second
+)
+
+// RunLeader does what one member does for all, until ctx ends. It is to be called while this member leads; two
+// that run it for a moment do no harm.
+func (s *Server) RunLeader(ctx context.Context) error {
+	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
+		err := s.ensureAuthorities(ctx)
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		s.cfg.Log.Warn("cannot make the trust domain's authorities: trying again", "error", err)
+		if !sleep(ctx, wait) {
+			return nil
+		}
+	}
+	for {
+		if err := s.cfg.Writes.Sweep(ctx, s.cfg.Now()); err != nil && ctx.Err() == nil {
+			s.cfg.Log.Warn("cannot sweep what has expired: trying again", "error", err)
+		}
+		if !sleep(ctx, sweepEvery) {
+			return nil
+		}
+	}
+}
+
+// ensureAuthorities makes the first authority of each kind. A crash, or the loss of leadership, between making and
+// proposing leaves nothing: the key was in memory only. One that was proposed twice exists once: the state
+// keeps the first.
+func (s *Server) ensureAuthorities(ctx context.Context) error {
+	for _, kind := range []identity.AuthorityKind{identity.AuthorityX509, identity.AuthorityJWT} {
+		if s.hasActive(kind) {
+			continue
+		}
+		a, err := s.makeAuthority(kind)
+		if err != nil {
+			return fmt.Errorf("making the %s authority: %w", kind, err)
+		}
+		kept, err := s.cfg.Writes.CreateAuthority(ctx, a)
+		if err != nil {
+			return fmt.Errorf("proposing the %s authority: %w", kind, err)
+		}
+		if kept.ID == a.ID {
+			s.cfg.Log.Info("made an authority", "kind", kind, "authority", a.ID, "not_after", a.NotAfter)
+		}
+	}
+	return nil
+}
+
+func (s *Server) hasActive(kind identity.AuthorityKind) bool {
+	for _, a := range s.cfg.State.Authorities() {
+		if a.Kind == kind && a.State == identity.AuthorityActive {
+			return true
+		}
+	}
+	return false
+}
+
+// makeAuthority returns an authority whose key leaves this function sealed only.
+func (s *Server) makeAuthority(kind identity.AuthorityKind) (identity.Authority, error) {
+	var a identity.Authority
+	var key []byte
+	var err error
+	if kind == identity.AuthorityX509 {
+		a, key, err = ca.NewX509Authority(s.cfg.TrustDomain, s.cfg.AuthorityTTL, s.cfg.Now())
+	} else {
+		a, key, err = ca.NewJWTAuthority(s.cfg.JWTAlgorithm, s.cfg.AuthorityTTL, s.cfg.Now())
+	}
+	if err != nil {
+		return identity.Authority{}, err
+	}
+	defer clear(key)
+	a.SealedKey, err = s.cfg.Seal(key, identity.AuthorityAD(s.cfg.TrustDomain, a.Kind, a.ID))
+	if err != nil {
+		return identity.Authority{}, fmt.Errorf("sealing its key: %w", err)
+	}
+	return a, nil
+}
+
+// sleep reports whether ctx lasted.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}

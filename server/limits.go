@@ -1,0 +1,70 @@
+package server
+
+import (
+	"fmt"
+	"net/netip"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"golang.org/x/time/rate"
+
+	"countersign.io/countersign/identity"
+)
+
+// Limits bound what callers that have proved nothing may cost. Zero values mean the defaults.
+type Limits struct {
+	// GuestRate and GuestBurst are the calls per second of one address (one /64 for IPv6); 0: 20 and 100.
+	GuestRate  float64
+	GuestBurst int
+	// TotalRate and TotalBurst are those of all addresses together; 0: 1000 and 2000.
+	TotalRate  float64
+	TotalBurst int
+}
+
+// trackedAddresses is how many addresses have a limiter of their own. Who has more addresses than that meets the
+// total.
+const trackedAddresses = 16384
+
+type limits struct {
+	cfg    Limits
+	total  *rate.Limiter
+	byAddr *lru.Cache[netip.Addr, *rate.Limiter]
+}
+
+func newLimits(cfg Limits) (*limits, error) {
+	if cfg.GuestRate < 0 || cfg.GuestBurst < 0 || cfg.TotalRate < 0 || cfg.TotalBurst < 0 {
+		return nil, fmt.Errorf("%w: negative limits for callers without a certificate", identity.ErrInvalid)
+	}
+	orDefault(&cfg.GuestRate, 20)
+	orDefault(&cfg.GuestBurst, 100)
+	orDefault(&cfg.TotalRate, 1000)
+	orDefault(&cfg.TotalBurst, 2000)
+	byAddr, err := lru.New[netip.Addr, *rate.Limiter](trackedAddresses)
+	if err != nil {
+		return nil, err
+	}
+	return &limits{cfg: cfg, total: rate.NewLimiter(rate.Limit(cfg.TotalRate), cfg.TotalBurst), byAddr: byAddr}, nil
+}
+
+func (l *limits) allow(addr netip.Addr) error {
+	own, ok := l.byAddr.Get(addr)
+	if !ok {
+		own = rate.NewLimiter(rate.Limit(l.cfg.GuestRate), l.cfg.GuestBurst)
+		if prev, ok, _ := l.byAddr.PeekOrAdd(addr, own); ok {
+			own = prev
+		}
+	}
+	// The own limit first: who is over it must not use up the total.
+	if !own.Allow() {
+		return fmt.Errorf("%w: too many calls without an agent's certificate from %s: at the most %v a second", identity.ErrExhausted, addr, l.cfg.GuestRate)
+	}
+	if !l.total.Allow() {
+		return fmt.Errorf("%w: too many calls without an agent's certificate: try again, or another member", identity.ErrUnavailable)
+	}
+	return nil
+}
+
+func orDefault[T ~int | ~int64 | ~float64](p *T, v T) {
+	if *p == 0 {
+		*p = v
+	}
+}

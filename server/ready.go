@@ -1,0 +1,78 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+
+	"countersign.io/countersign/identity"
+)
+
+// Ready says why this member cannot issue now; nil if it can. Every issuing call asks it first.
+func (s *Server) Ready() error {
+	if err := s.cfg.CA.Ready(); err != nil {
+		return fmt.Errorf("%w: this member cannot sign yet: %v", identity.ErrUnavailable, err)
+	}
+	if stale := s.cfg.Cluster.Staleness(); stale > s.cfg.MaxStaleness {
+		since := "since it started"
+		if stale < 365*24*time.Hour {
+			since = "for " + stale.Round(time.Second).String()
+		}
+		return fmt.Errorf("%w: this member has not heard from a leader %s, longer than max_staleness (%v): it may have missed a ban; ask another member", identity.ErrUnavailable, since, s.cfg.MaxStaleness)
+	}
+	return nil
+}
+
+// noLeader reports whether a write failed for want of somebody to decide.
+func noLeader(err error) bool {
+	return errors.Is(err, identity.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// healthService is the standard gRPC health service; serving means that this member can issue.
+type healthService struct {
+	*health.Server
+	refresh func()
+}
+
+// Check answers with the state of this moment.
+func (h healthService) Check(ctx context.Context, req *healthv1.HealthCheckRequest) (*healthv1.HealthCheckResponse, error) {
+	h.refresh()
+	return h.Server.Check(ctx, req)
+}
+
+func (s *Server) refreshHealth() {
+	st := healthv1.HealthCheckResponse_SERVING
+	if s.Ready() != nil {
+		st = healthv1.HealthCheckResponse_NOT_SERVING
+	}
+	s.health.SetServingStatus("", st)
+}
+
+// watchReady keeps the health service's watchers informed, and sends the agents elsewhere when this member can no
+// longer tell them what changes.
+func (s *Server) watchReady(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	was := error(nil)
+	for first := true; ; first = false {
+		s.refreshHealth()
+		err := s.Ready()
+		switch {
+		case err != nil && (was == nil || first):
+			s.cfg.Log.Warn("this member does not issue", "error", err)
+			s.hub.endAll(err, false)
+		case err == nil && (was != nil || first):
+			s.cfg.Log.Info("this member issues")
+		}
+		was = err
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,176 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	adminv1 "countersign.io/countersign/api/admin/v1"
+	memberv1 "countersign.io/countersign/api/member/v1"
+	nodev1 "countersign.io/countersign/api/node/v1"
+	workloadv1 "countersign.io/countersign/api/workload/v1"
+
+	"countersign.io/countersign/api"
+	"countersign.io/countersign/identity"
+)
+
+const anyone = guest | workload | member | agent | local
+
+// ruleFor is the one table of who may call what. A method that is not in it may be called by nobody.
+func ruleFor(method string) kind {
+	switch method {
+	case nodev1.Node_Attest_FullMethodName,
+		memberv1.Member_Join_FullMethodName,
+		"/grpc.health.v1.Health/Check":
+		return anyone
+
+	case nodev1.Node_Renew_FullMethodName,
+		nodev1.Node_Sync_FullMethodName:
+		return agent
+
+	case workloadv1.Workload_IssueX509_FullMethodName,
+		workloadv1.Workload_IssueJWT_FullMethodName:
+		return agent | guest
+
+	case adminv1.Admin_CreateToken_FullMethodName,
+		adminv1.Admin_AddKubeCluster_FullMethodName,
+		adminv1.Admin_ListKubeClusters_FullMethodName,
+		adminv1.Admin_DeleteKubeCluster_FullMethodName,
+		adminv1.Admin_CreateEntry_FullMethodName,
+		adminv1.Admin_UpdateEntry_FullMethodName,
+		adminv1.Admin_DeleteEntry_FullMethodName,
+		adminv1.Admin_GetEntry_FullMethodName,
+		adminv1.Admin_ListEntries_FullMethodName,
+		adminv1.Admin_ListAgents_FullMethodName,
+		adminv1.Admin_GetAgent_FullMethodName,
+		adminv1.Admin_BanAgent_FullMethodName,
+		adminv1.Admin_EvictAgent_FullMethodName,
+		adminv1.Admin_GetBundle_FullMethodName,
+		adminv1.Admin_Status_FullMethodName,
+		"/grpc.health.v1.Health/List",
+		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":
+		return local
+
+	case "/grpc.health.v1.Health/Watch":
+		return local | agent
+	}
+	return 0
+}
+
+// call is what the rule table established about one call.
+type call struct {
+	caller
+	agent *identity.Agent // the record, if the caller is an agent and the rule is not for anyone
+}
+
+type callKey struct{}
+
+func callOf(ctx context.Context) call {
+	c, _ := ctx.Value(callKey{}).(call)
+	return c
+}
+
+// authorize decides whether the call may go on: the table, then for an agent its record, then for everybody else
+// the limits of strangers.
+func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
+	c := call{caller: callerOf(ctx)}
+	rule := ruleFor(method)
+	switch {
+	case c.kind&rule != 0:
+	case c.kind == guest && rule&agent != 0:
+		return nil, fmt.Errorf("%w: %s needs the SVID of an agent", identity.ErrUnauthenticated, method)
+	default:
+		return nil, fmt.Errorf("%w: %s is not for %s%s", identity.ErrDenied, method, c.kind, idSuffix(c.caller))
+	}
+	if c.kind == agent && rule != anyone {
+		a, err := s.liveAgent(c.caller)
+		if err != nil {
+			return nil, err
+		}
+		c.agent = a
+	} else if c.kind != local {
+		if err := s.limits.allow(c.addr); err != nil {
+			return nil, err
+		}
+	}
+	return context.WithValue(ctx, callKey{}, c), nil
+}
+
+func idSuffix(c caller) string {
+	if c.id.IsZero() {
+		return ""
+	}
+	return " (" + c.id.String() + ")"
+}
+
+// recordLag is how long an agent's record may take to reach every member: within it, a missing record means that
+// this member is behind the one that attested the agent.
+const recordLag = 30 * time.Second
+
+// liveAgent returns the record of a connected agent: its SVID must still be valid, and it must be neither banned
+// nor evicted.
+func (s *Server) liveAgent(c caller) (*identity.Agent, error) {
+	now := s.cfg.Now()
+	if !now.Before(c.expires) {
+		return nil, fmt.Errorf("%w: the SVID that this connection was made with expired at %s: renew it and connect anew", identity.ErrUnauthenticated, c.expires.UTC().Format(time.RFC3339))
+	}
+	a, ok := s.cfg.State.Agent(c.id.String())
+	switch {
+	case !ok && now.Sub(c.issued) < recordLag:
+		return nil, fmt.Errorf("%w: this member does not know agent %s yet: try again, or another member", identity.ErrUnavailable, c.id)
+	case !ok:
+		return nil, fmt.Errorf("%w: agent %s was evicted: it must attest again", identity.ErrDenied, c.id)
+	case a.Banned:
+		return nil, fmt.Errorf("%w: agent %s is banned", identity.ErrDenied, c.id)
+	}
+	return a, nil
+}
+
+func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	ctx, err := s.authorize(ctx, info.FullMethod)
+	if err != nil {
+		return nil, s.report(callerOf(ctx), info.FullMethod, err)
+	}
+	resp, err := next(ctx, req)
+	if err != nil {
+		return nil, s.report(callOf(ctx).caller, info.FullMethod, err)
+	}
+	return resp, nil
+}
+
+func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	ctx, err := s.authorize(ss.Context(), info.FullMethod)
+	if err != nil {
+		return s.report(callerOf(ss.Context()), info.FullMethod, err)
+	}
+	if err := next(srv, &callStream{ss, ctx}); err != nil {
+		return s.report(callOf(ctx).caller, info.FullMethod, err)
+	}
+	return nil
+}
+
+// callStream carries the call in its context.
+type callStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (c *callStream) Context() context.Context { return c.ctx }
+
+// report logs a failed call once and makes it fit for the wire.
+func (s *Server) report(c caller, method string, err error) error {
+	level := slog.LevelInfo
+	switch api.Code(err) {
+	case codes.Internal:
+		level = slog.LevelError
+	case codes.Canceled, codes.Unavailable, codes.ResourceExhausted:
+		level = slog.LevelDebug // the caller went away, or is told to come back: nothing to look into
+	}
+	s.cfg.Log.Log(context.Background(), level, "call refused", "method", method, "caller", c.kind, "id", c.id, "address", c.addr, "error", err)
+	return api.ToStatus(err)
+}

@@ -1,0 +1,290 @@
+// Package server is a member towards the outside: the TLS port that agents, pods and newcomers call, the Unix socket
+// that operators use, the decision who gets which SVID, and the pushing of what changes. issue.go is the walk from
+// evidence to SVID; rules.go is the one table of who may call what; hub.go finds whom a change concerns.
+//
+// It knows the replicated state through the interfaces in state.go and does not know how members agree, nor any
+// disk: leadership, sealing and membership arrive as functions.
+package server
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+
+	adminv1 "countersign.io/countersign/api/admin/v1"
+	memberv1 "countersign.io/countersign/api/member/v1"
+	nodev1 "countersign.io/countersign/api/node/v1"
+	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/ca"
+	"countersign.io/countersign/identity"
+)
+
+// Config is all that a Server needs. Every field without "0:" or "empty:" in its comment must be set.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	MemberID    string // this member's name
+	Version     string
+
+	// Agents and Guests are a Listener's; Admin is of ListenAdmin.
+	Agents, Guests, Admin net.Listener
+
+	CA      *ca.CA
+	State   State
+	Writes  Writes
+	Pods    Pods
+	Cluster Cluster
+
+	// Seal seals what is about to be replicated; Open opens an authority's key. Keyring returns the keyring in plain,
+	// for a new member only.
+	Seal    func(plaintext, ad []byte) ([]byte, error)
+	Open    func(identity.Authority) (crypto.Signer, error)
+	Keyring func() ([]byte, error)
+	// Keep is called with the authorities (their keys sealed) when they have changed, so that this member can show
+	// its certificate after a restart, before it has any state.
+	Keep func([]identity.Authority) error
+
+	// MaxStaleness is how long this member issues without hearing from a leader; 0: X509TTL.
+	MaxStaleness time.Duration
+	// X509TTL is the default lifetime of X.509-SVIDs, JWTTTL that of JWT-SVIDs, as the CA has them; 0: the
+	// defaults of package identity.
+	X509TTL, JWTTTL time.Duration
+	// AuthorityTTL and JWTAlgorithm are for authorities that this member makes as a leader; 0: one year; empty: ES256.
+	AuthorityTTL time.Duration
+	JWTAlgorithm string
+	// X509PopRoots verify the certificates of nodes that attest by x509pop; nil: none may. X509PopKubeCluster is
+	// the kube cluster whose nodes their common names are; empty: such agents serve no pods.
+	X509PopRoots       *x509.CertPool
+	X509PopKubeCluster string
+
+	Limits Limits
+	Now    func() time.Time // nil: time.Now
+	Log    *slog.Logger
+
+	operator func(uid uint32) bool // who may use the Admin socket; nil: root and this process's user
+}
+
+// Server is one member's services.
+type Server struct {
+	cfg       Config
+	limits    *limits
+	hub       *hub
+	health    *health.Server
+	newcomers chan identity.Member
+	agents    *grpc.Server
+	guests    *grpc.Server
+	admin     *grpc.Server
+}
+
+// New checks the configuration and starts nothing.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.check(); err != nil {
+		return nil, fmt.Errorf("making the server: %w", err)
+	}
+	orDefault(&cfg.X509TTL, identity.DefaultX509TTL)
+	orDefault(&cfg.JWTTTL, identity.DefaultJWTTL)
+	orDefault(&cfg.MaxStaleness, cfg.X509TTL)
+	orDefault(&cfg.AuthorityTTL, 365*24*time.Hour)
+	if cfg.JWTAlgorithm == "" {
+		cfg.JWTAlgorithm = "ES256"
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.operator == nil {
+		cfg.operator = rootOrSelf
+	}
+	limits, err := newLimits(cfg.Limits)
+	if err != nil {
+		return nil, fmt.Errorf("making the server: %w", err)
+	}
+	s := &Server{cfg: cfg, limits: limits, health: health.NewServer(), newcomers: make(chan identity.Member, 8)}
+	s.hub = newHub(s.matching, cfg.Now)
+	s.agents = s.newGRPC(handshaken{}, maxAgentMessage, 256, keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})
+	// Whoever proved nothing gets little memory and little time.
+	s.guests = s.newGRPC(handshaken{}, maxGuestMessage, 2, keepalive.ServerParameters{
+		MaxConnectionIdle: 10 * time.Second, MaxConnectionAge: time.Minute, MaxConnectionAgeGrace: attestTime, Time: 10 * time.Second, Timeout: 5 * time.Second,
+	})
+	s.admin = s.newGRPC(localPeer{operator: cfg.operator}, maxAgentMessage, 64, keepalive.ServerParameters{})
+	for _, g := range []*grpc.Server{s.agents, s.guests} {
+		nodev1.RegisterNodeServer(g, nodeService{Server: s})
+		workloadv1.RegisterWorkloadServer(g, workloadService{Server: s})
+		memberv1.RegisterMemberServer(g, memberService{Server: s})
+		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
+	}
+	adminv1.RegisterAdminServer(s.admin, adminService{Server: s})
+	healthv1.RegisterHealthServer(s.admin, healthService{s.health, s.refreshHealth})
+	reflection.Register(s.admin)
+	return s, nil
+}
+
+const (
+	maxAgentMessage = 4 << 20  // 50 requests with the largest tokens and selectors are 2.5 MiB
+	maxGuestMessage = 64 << 10 // a token and a key, or a chain of certificates
+	// firstFrame is how long a connection has to start speaking HTTP/2.
+	firstFrame = 10 * time.Second
+	// stopTime is how long calls have to end when the member stops.
+	stopTime = 5 * time.Second
+)
+
+func (c *Config) check() error {
+	var errs []error
+	need := func(ok bool, name string) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%w: %s is not set", identity.ErrInvalid, name))
+		}
+	}
+	need(!c.TrustDomain.IsZero(), "TrustDomain")
+	need(c.MemberID != "", "MemberID")
+	need(c.Agents != nil && c.Guests != nil && c.Admin != nil, "Agents, Guests or Admin")
+	need(c.CA != nil, "CA")
+	need(c.State.EntryReader != nil && c.State.Registry != nil && c.State.Trust != nil, "State")
+	w := c.Writes
+	need(w.EntryWriter != nil && w.KubeWriter != nil && w.TokenWriter != nil && w.AgentWriter != nil && w.ClusterWriter != nil, "Writes")
+	need(c.Pods != nil, "Pods")
+	need(c.Cluster.Staleness != nil && c.Cluster.Members != nil && c.Cluster.AddMember != nil, "Cluster")
+	need(c.Seal != nil && c.Open != nil && c.Keyring != nil && c.Keep != nil, "Seal, Open, Keyring or Keep")
+	need(c.Log != nil, "Log")
+	return errors.Join(errs...)
+}
+
+func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int, maxStreams uint32, ka keepalive.ServerParameters) *grpc.Server {
+	return grpc.NewServer(
+		grpc.Creds(creds),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxHeaderListSize(16<<10),
+		grpc.ConnectionTimeout(firstFrame),
+		grpc.KeepaliveParams(ka),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		// A connection is one agent, idle nearly always: buffers are for those that speak.
+		grpc.SharedWriteBuffer(true),
+		grpc.ReadBufferSize(4<<10),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+	)
+}
+
+// Run serves until ctx ends or a part fails, then lets calls end. It runs Pods too, whose news it takes; the CA and the
+// Listener have a Run of their own.
+func (s *Server) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return ended(ctx, s.cfg.State.Watch(ctx, s.changed)) })
+	g.Go(func() error { return ended(ctx, s.cfg.Pods.Run(ctx, s.hub.podGone)) })
+	g.Go(func() error { return s.watchReady(ctx) })
+	g.Go(func() error { return s.admit(ctx) })
+	for _, x := range []struct {
+		srv *grpc.Server
+		on  net.Listener
+	}{{s.agents, s.cfg.Agents}, {s.guests, s.cfg.Guests}, {s.admin, s.cfg.Admin}} {
+		g.Go(func() error { return ended(ctx, x.srv.Serve(x.on)) })
+	}
+	g.Go(func() error {
+		<-ctx.Done()
+		s.stop()
+		return nil
+	})
+	return g.Wait()
+}
+
+// stop ends the streams first, so that agents turn to another member while calls still end well here.
+func (s *Server) stop() {
+	s.health.Shutdown()
+	s.hub.endAll(fmt.Errorf("%w: this member is stopping: use another", identity.ErrUnavailable), true)
+	var g errgroup.Group
+	for _, srv := range []*grpc.Server{s.agents, s.guests, s.admin} {
+		g.Go(func() error {
+			t := time.AfterFunc(stopTime, srv.Stop)
+			defer t.Stop()
+			srv.GracefulStop()
+			return nil
+		})
+	}
+	g.Wait()
+}
+
+// ended is nil for what ended because it was to end.
+func ended(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	if err == nil {
+		return errors.New("a part of the server ended by itself")
+	}
+	return err
+}
+
+// changed takes up changes of the state, in order. What verifies and signs comes before those who will ask.
+func (s *Server) changed(changes []identity.Change) {
+	var reset, bundle, clusters bool
+	for _, c := range changes {
+		reset = reset || c.Reset
+		bundle = bundle || c.Bundle || c.Reset
+		clusters = clusters || c.KubeCluster != "" || c.Reset
+	}
+	if bundle {
+		s.takeAuthorities()
+	}
+	if clusters {
+		if err := s.cfg.Pods.SetClusters(s.cfg.State.KubeClusters()); err != nil {
+			s.cfg.Log.Error("a kube cluster cannot be used as registered", "error", err)
+		}
+	}
+	if reset {
+		s.hub.endIf(s.agentGone)
+	}
+	s.hub.apply(changes)
+}
+
+// takeAuthorities gives the CA the authorities to sign with. A state without any is one that is still being
+// rebuilt: what the CA has, from before the restart, is newer.
+func (s *Server) takeAuthorities() {
+	all := s.cfg.State.Authorities()
+	if len(all) == 0 {
+		return
+	}
+	if err := s.cfg.CA.SetAuthorities(all, s.cfg.Open); err != nil {
+		s.cfg.Log.Error("cannot use the authorities", "error", err)
+		return
+	}
+	if err := s.cfg.Keep(all); err != nil {
+		s.cfg.Log.Error("cannot keep the authorities for the next start", "error", err)
+	}
+}
+
+func (s *Server) agentGone(id string) error {
+	a, ok := s.cfg.State.Agent(id)
+	if !ok {
+		a = &identity.Agent{ID: id}
+	}
+	if !ok || a.Banned {
+		return goneError(a)
+	}
+	return nil
+}
+
+// matching is entitled for the hub: the entries that would be issued by.
+func (s *Server) matching(sel []identity.Selector) []*identity.Entry {
+	grants, err := s.entitled(sel, s.cfg.Now())
+	if err != nil {
+		return nil
+	}
+	out := make([]*identity.Entry, len(grants))
+	for i, g := range grants {
+		out[i] = g.entry
+	}
+	return out
+}

@@ -1,0 +1,125 @@
+package server
+
+import (
+	"context"
+	"time"
+
+	"countersign.io/countersign/attestor/kube"
+	"countersign.io/countersign/identity"
+)
+
+// State is what the member knows: its own copy of the replicated state. One value usually implements all three
+// parts. Every method must be safe for concurrent use, must not block on the network, and must return values
+// that nobody changes afterwards.
+type State struct {
+	EntryReader
+	Registry
+	Trust
+}
+
+// EntryReader reads entries, found by what a workload is.
+type EntryReader interface {
+	// Match returns the entries whose selectors are all among sel (sorted), the oldest first, in a slice that is the
+	// caller's. Expired ones may be among them. The cost must not depend on how many entries there are.
+	Match(sel []identity.Selector) []*identity.Entry
+	// Entry returns one by its ID.
+	Entry(id string) (*identity.Entry, bool)
+	// Entries returns up to limit entries with IDs above after, and the after of the next page; "" ends.
+	Entries(after string, limit int) (entries []*identity.Entry, next string)
+}
+
+// Registry is who may speak: kube clusters and agents.
+type Registry interface {
+	KubeCluster(name string) (*identity.KubeCluster, bool)
+	KubeClusters() []identity.KubeCluster
+	Agent(id string) (*identity.Agent, bool)
+	Agents(after string, limit int) (agents []*identity.Agent, next string)
+}
+
+// Trust is what the trust domain vouches for, and who serves it.
+type Trust interface {
+	Authorities() []identity.Authority
+	// Bundle returns the current bundle; never nil. The same pointer means the same content.
+	Bundle() *identity.Bundle
+	Members() []identity.Member
+	// Revision grows with every change.
+	Revision() uint64
+	// Watch calls f with a Reset at once and then with every change, in order, and only once the reads above show it.
+	// It returns when ctx ends.
+	Watch(ctx context.Context, f func([]identity.Change)) error
+}
+
+// Writes are the commands. A method must return only after this member's own State shows the change, and must
+// wrap identity.ErrUnavailable when there is no leader to decide.
+type Writes struct {
+	EntryWriter
+	KubeWriter
+	TokenWriter
+	AgentWriter
+	ClusterWriter
+}
+
+// EntryWriter changes entries.
+type EntryWriter interface {
+	CreateEntry(ctx context.Context, now time.Time, e identity.Entry) (identity.Entry, error)
+	// UpdateEntry must refuse with identity.ErrPrecondition if ifRevision is not 0 and not the entry's.
+	UpdateEntry(ctx context.Context, now time.Time, e identity.Entry, ifRevision uint64) (identity.Entry, error)
+	DeleteEntry(ctx context.Context, id string) error
+}
+
+// KubeWriter changes the registered kube clusters.
+type KubeWriter interface {
+	PutKubeCluster(ctx context.Context, k identity.KubeCluster, replace bool) (identity.KubeCluster, error)
+	DeleteKubeCluster(ctx context.Context, name string) error
+}
+
+// TokenWriter keeps join tokens.
+type TokenWriter interface {
+	CreateJoinToken(ctx context.Context, t identity.JoinToken) error
+	// UseJoinToken must succeed at the most once for a hash, before its expiry, for its purpose.
+	UseJoinToken(ctx context.Context, now time.Time, hash []byte, purpose string) (identity.JoinToken, error)
+}
+
+// AgentWriter changes agents' records.
+type AgentWriter interface {
+	// PutAgent must refuse a banned agent with identity.ErrDenied.
+	PutAgent(ctx context.Context, a identity.Agent) (identity.Agent, error)
+	BanAgent(ctx context.Context, id string) error
+	EvictAgent(ctx context.Context, id string) error
+}
+
+// ClusterWriter changes what the members share.
+type ClusterWriter interface {
+	// CreateAuthority must return the active authority of that kind if there is one, whoever made it.
+	CreateAuthority(ctx context.Context, a identity.Authority) (identity.Authority, error)
+	PutMember(ctx context.Context, m identity.Member) error
+	// Sweep drops what has expired.
+	Sweep(ctx context.Context, now time.Time) error
+}
+
+// Pods verifies pods' tokens. *kube.Verifier does.
+type Pods interface {
+	// Verify must accept only a token that its kube cluster signed for our audience, that is valid now and bound to
+	// a pod on a node; its errors must wrap identity.ErrUnauthenticated, or ErrUnavailable when it cannot tell.
+	Verify(ctx context.Context, token []byte) (*kube.Claims, error)
+	SetClusters([]identity.KubeCluster) error
+	// Run calls gone for each pod that ended, until ctx ends.
+	Run(ctx context.Context, gone func(cluster, podUID string)) error
+}
+
+// Cluster is what the member knows of the CA cluster's inner life, as functions, because this package must not
+// know how the members agree.
+type Cluster struct {
+	// Staleness is the time since a leader was last heard: 0 on the leader, very large if none was since the start.
+	Staleness func() time.Duration
+	// Members are the current members and what each is.
+	Members func() []MemberStatus
+	// AddMember admits a member. It may wait until the new member answers.
+	AddMember func(ctx context.Context, id, address string) error
+}
+
+// MemberStatus is one member as the cluster's inner life sees it.
+type MemberStatus struct {
+	ID, Address   string
+	Voter, Leader bool
+}

@@ -1,0 +1,166 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"countersign.io/countersign/api"
+	nodev1 "countersign.io/countersign/api/node/v1"
+	"countersign.io/countersign/identity"
+)
+
+// maxHandles is how many handles go into one message.
+const maxHandles = 4096
+
+// Sync is an agent's one stream. It ends when the agent is banned or evicted, when the SVID of its connection
+// expires, and when this member cannot issue: the agent is then better off at another.
+func (s nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse]) error {
+	who := callOf(stream.Context())
+	if err := s.Ready(); err != nil {
+		return err
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	hello := first.GetHello()
+	if hello == nil || len(hello.Version) > maxVersion {
+		return fmt.Errorf("%w: a Sync stream starts with Hello, with a version of at the most %d bytes", identity.ErrInvalid, maxVersion)
+	}
+	sess, err := s.hub.open(who.agent.ID, hello.Version)
+	if err != nil {
+		return err
+	}
+	defer s.hub.remove(sess)
+	// Asked once more now that the hub knows the session: a ban between the two would have ended nothing.
+	if _, err := s.liveAgent(who.caller); err != nil {
+		return err
+	}
+	s.cfg.Log.Info("agent connected", "agent", who.agent.ID, "version", hello.Version, "address", who.addr)
+	defer s.cfg.Log.Info("agent disconnected", "agent", who.agent.ID, "address", who.addr)
+
+	// Reading and writing each have a goroutine of their own, so that neither a silent nor a stuck agent keeps the
+	// stream from ending. Both end with the stream, which ends when this function returns.
+	failed := make(chan error, 2)
+	go func() { failed <- s.listen(stream, sess) }()
+	go func() { failed <- s.push(stream, sess) }()
+	expired := time.NewTimer(who.expires.Sub(s.cfg.Now()))
+	defer expired.Stop()
+	select {
+	case err := <-failed:
+		return err
+	case <-sess.done:
+		return sess.endError()
+	case <-expired.C:
+		return fmt.Errorf("%w: the SVID that this connection was made with has expired: connect anew with a renewed one", identity.ErrUnauthenticated)
+	case <-stream.Context().Done():
+		return stream.Context().Err()
+	}
+}
+
+// listen takes what the agent says until it hangs up.
+func (s *Server) listen(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse], sess *session) error {
+	for {
+		req, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		switch m := req.Message.(type) {
+		case *nodev1.SyncRequest_Watch:
+			if err := s.watch(sess, m.Watch); err != nil {
+				return err
+			}
+		case *nodev1.SyncRequest_Ack:
+			sess.ack(m.Ack.GetRevision(), m.Ack.GetBundleSequence())
+		default:
+			return fmt.Errorf("%w: unexpected message on a Sync stream: after Hello come Watch and Ack", identity.ErrInvalid)
+		}
+	}
+}
+
+func (s *Server) watch(sess *session, w *nodev1.Watch) error {
+	for _, handle := range w.GetUnset() {
+		s.hub.unset(sess, handle)
+	}
+	for _, wl := range w.GetSet() {
+		if len(wl.Selectors) > maxWatchSelectors || len(wl.Entries) > maxIdentities {
+			return fmt.Errorf("%w: workload %d has %d selectors and %d entries: at the most %d and %d", identity.ErrInvalid, wl.Handle, len(wl.Selectors), len(wl.Entries), maxWatchSelectors, maxIdentities)
+		}
+		sel := make([]identity.Selector, len(wl.Selectors))
+		for i, x := range wl.Selectors {
+			var err error
+			if sel[i], err = identity.ParseSelector(x); err != nil {
+				return err
+			}
+		}
+		holds := make([]held, len(wl.Entries))
+		for i, e := range wl.Entries {
+			holds[i] = held{id: e.GetId(), revision: e.GetRevision()}
+		}
+		if err := s.hub.set(sess, wl.Handle, identity.SortSelectors(sel), holds); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// push sends what is in the mailbox, as it is when it is sent.
+func (s *Server) push(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse], sess *session) error {
+	for {
+		select {
+		case <-sess.wake:
+		case <-sess.done:
+			return sess.endError()
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		}
+		m := sess.take()
+		// The revision is read before what it vouches for: it may be too low, never too high.
+		revision := s.cfg.State.Revision()
+		if m.bundles || m.members {
+			state := &nodev1.State{}
+			if m.bundles {
+				state.Bundles = &nodev1.State_Bundles{Own: api.BundleToWire(s.cfg.State.Bundle())}
+			}
+			if m.members {
+				state.Members = &nodev1.State_Members{Addresses: s.addresses()}
+			}
+			if err := stream.Send(&nodev1.SyncResponse{Revision: revision, Message: &nodev1.SyncResponse_State{State: state}}); err != nil {
+				return err
+			}
+		}
+		// What has ended is said first: it must not be asked for again.
+		for chunk := range slices.Chunk(handles(m.ended), maxHandles) {
+			if err := stream.Send(changed(revision, nil, chunk)); err != nil {
+				return err
+			}
+		}
+		for chunk := range slices.Chunk(handles(m.changed), maxHandles) {
+			if err := stream.Send(changed(revision, chunk, nil)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func changed(revision uint64, handles, ended []uint64) *nodev1.SyncResponse {
+	return &nodev1.SyncResponse{Revision: revision, Message: &nodev1.SyncResponse_Changed{Changed: &nodev1.Changed{Handles: handles, Ended: ended}}}
+}
+
+// addresses are where agents reach the members.
+func (s *Server) addresses() []string {
+	members := s.cfg.State.Members()
+	out := make([]string, len(members))
+	for i, m := range members {
+		out[i] = m.Address
+	}
+	return out
+}

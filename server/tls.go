@@ -1,0 +1,169 @@
+package server
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"sync/atomic"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"countersign.io/countersign/api"
+	"countersign.io/countersign/attestor/node"
+	"countersign.io/countersign/identity"
+)
+
+// alpnGRPC is the ALPN protocol of HTTP/2, and so of gRPC.
+const alpnGRPC = "h2"
+
+// TLSConfig is what the member's side of every TLS connection needs.
+type TLSConfig struct {
+	TrustDomain spiffeid.TrustDomain
+	// Certificate returns the member's own SVID: leaf, issuer and the self-signed root, because a newcomer knows
+	// nothing but the root's pin.
+	Certificate func() (*tls.Certificate, error)
+	// Bundle returns the trust domain's current bundle.
+	Bundle func() *identity.Bundle
+}
+
+// ServerTLS is for the one TLS port. A client certificate is optional; one that is shown must be an SVID of the
+// trust domain that is valid now, or the handshake fails. What it allows is decided later: here by ALPN, per
+// call by the rule table.
+func ServerTLS(c TLSConfig) *tls.Config {
+	roots := &bundleSource{td: c.TrustDomain, current: c.Bundle}
+	return &tls.Config{
+		MinVersion:     tls.VersionTLS13,
+		NextProtos:     []string{alpnGRPC, api.ALPNRaft},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.Certificate() },
+		ClientAuth:     tls.RequestClientCert,
+		// A resumed session would skip VerifyPeerCertificate: who was removed from the bundle must not come back by
+		// a ticket. Connections are long; tickets would save next to nothing.
+		SessionTicketsDisabled: true,
+		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
+			if len(raw) == 0 {
+				return nil
+			}
+			_, _, err := x509svid.ParseAndVerify(raw, roots)
+			return err
+		},
+	}
+}
+
+// MemberTLS is for dialling another member: it shows the own SVID and accepts a member of the trust domain only.
+// id, if not empty, is the one member it accepts.
+func MemberTLS(c TLSConfig, id string) *tls.Config {
+	roots := &bundleSource{td: c.TrustDomain, current: c.Bundle}
+	return &tls.Config{
+		MinVersion:           tls.VersionTLS13,
+		NextProtos:           []string{api.ALPNRaft},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.Certificate() },
+		InsecureSkipVerify:   true, // SVIDs have no host names: VerifyPeerCertificate verifies
+		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
+			got, _, err := x509svid.ParseAndVerify(raw, roots)
+			if err != nil {
+				return err
+			}
+			return checkMember(got, id)
+		},
+	}
+}
+
+// PinnedTLS is for a newcomer's first contact: it accepts a member of any trust domain whose chain leads to the
+// root with this pin (sha256:HEX of its SubjectPublicKeyInfo). td, if not zero, is the trust domain it must be.
+func PinnedTLS(pin string, td spiffeid.TrustDomain) (*tls.Config, error) {
+	if err := node.CheckPin(pin); err != nil {
+		return nil, err
+	}
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		NextProtos:         []string{alpnGRPC},
+		InsecureSkipVerify: true, // there is no bundle yet: VerifyPeerCertificate verifies against the pin
+		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
+			return verifyPinned(raw, pin, td)
+		},
+	}, nil
+}
+
+func verifyPinned(raw [][]byte, pin string, td spiffeid.TrustDomain) error {
+	if len(raw) == 0 {
+		return errors.New("the server shows no certificate")
+	}
+	leaf, err := x509.ParseCertificate(raw[0])
+	if err != nil {
+		return fmt.Errorf("parsing the server's certificate: %w", err)
+	}
+	id, err := x509svid.IDFromCert(leaf)
+	if err != nil {
+		return err
+	}
+	if !td.IsZero() && id.TrustDomain() != td {
+		return fmt.Errorf("the server is of trust domain %q, not %q", id.TrustDomain(), td)
+	}
+	for _, der := range raw[1:] {
+		root, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("parsing the server's chain: %w", err)
+		}
+		if node.Pin(root.RawSubjectPublicKeyInfo) != pin {
+			continue
+		}
+		bundle := x509bundle.FromX509Authorities(id.TrustDomain(), []*x509.Certificate{root})
+		if _, _, err := x509svid.ParseAndVerify(raw, bundle); err != nil {
+			return err
+		}
+		return checkMember(id, "")
+	}
+	return fmt.Errorf("no certificate of the server's chain has the CA pin %s: the token is of another cluster, or this is not the cluster that made it", pin)
+}
+
+func checkMember(id spiffeid.ID, want string) error {
+	if identity.RoleOf(id) != identity.RoleMember {
+		return fmt.Errorf("the other side is %s, which is not a member", id)
+	}
+	if want == "" {
+		return nil
+	}
+	if m, err := identity.MemberID(id.TrustDomain(), want); err != nil || m != id {
+		return fmt.Errorf("the other side is %s, not the member %q", id, want)
+	}
+	return nil
+}
+
+// bundleSource gives go-spiffe the current bundle and parses it once per change.
+type bundleSource struct {
+	td      spiffeid.TrustDomain
+	current func() *identity.Bundle
+	parsed  atomic.Pointer[parsedBundle]
+}
+
+type parsedBundle struct {
+	of     *identity.Bundle
+	bundle *x509bundle.Bundle
+}
+
+// GetX509BundleForTrustDomain is x509bundle.Source. It knows the own trust domain only (X509-SVID section 5.1).
+func (s *bundleSource) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	if td != s.td {
+		return nil, fmt.Errorf("trust domain %q is not ours (%q)", td, s.td)
+	}
+	now := s.current()
+	if p := s.parsed.Load(); p != nil && p.of == now {
+		return p.bundle, nil
+	}
+	if now == nil {
+		return nil, errors.New("the trust domain has no bundle yet")
+	}
+	bundle := x509bundle.New(td)
+	for _, der := range now.X509 {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("parsing the bundle: %w", err)
+		}
+		bundle.AddX509Authority(c)
+	}
+	s.parsed.Store(&parsedBundle{of: now, bundle: bundle})
+	return bundle, nil
+}
