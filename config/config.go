@@ -28,91 +28,82 @@ const maxFile = 1 << 20
 
 // Server is the configuration of a member.
 type Server struct {
-	Version     int    `yaml:"version"`
-	TrustDomain string `yaml:"trust_domain"`
-	// Name of the member, unique in the cluster; default the host name.
-	Name string `yaml:"name"`
-	// DataDir holds everything the member keeps; it must belong to it alone (0700).
-	DataDir string `yaml:"data_dir"`
-	// Listen is the one TLS port for members, agents and admins; Advertise how others reach it.
-	Listen    string `yaml:"listen"`
-	Advertise string `yaml:"advertise"`
-	// AdminSocket is for local operators: root and the server's own user.
-	AdminSocket string `yaml:"admin_socket"`
-	// Health serves /live and /ready over plain HTTP; loopback unless you say otherwise.
-	Health string `yaml:"health"`
-	// JoinTokenFile holds the output of "countersign token create --server"; without it, and without state, the
-	// member bootstraps a new cluster.
-	JoinTokenFile string `yaml:"join_token_file"`
-	// X509TTL and JWTTTL are the default lifetimes of SVIDs.
-	X509TTL time.Duration `yaml:"x509_ttl"`
-	JWTTTL  time.Duration `yaml:"jwt_ttl"`
-	// MaxStaleness is how long a member may issue without hearing from a leader.
-	MaxStaleness time.Duration `yaml:"max_staleness"`
-	CA           CA            `yaml:"ca"`
-	X509Pop      X509Pop       `yaml:"x509pop"`
-	Log          Log           `yaml:"log"`
+	Version     int    `yaml:"version"`      // of this file's format
+	TrustDomain string `yaml:"trust_domain"` // needed; such as example.org
+	Name        string `yaml:"name"`         // of the member, unique in the cluster, part of its SPIFFE ID; fixed once it has data
+	DataDir     string `yaml:"data_dir"`     // everything the member keeps; it must be its own alone (0700)
+	Listen      string `yaml:"listen"`       // the one TLS port for members, agents and agentless pods
+	Advertise   string `yaml:"advertise"`    // host:port by which the others reach it
+	AdminSocket string `yaml:"admin_socket"` // for operators on this machine: root and the member's own user
+	Health      string `yaml:"health"`       // host:port of /live and /ready, plain HTTP
+	// a file with the output of "countersign token create --server"; without it, and without data, the member begins a new cluster
+	JoinTokenFile string        `yaml:"join_token_file"`
+	X509TTL       time.Duration `yaml:"x509_ttl"`      // lifetime of X.509-SVIDs whose entry names none, 5s to 24h
+	JWTTTL        time.Duration `yaml:"jwt_ttl"`       // lifetime of JWT-SVIDs whose entry names none, 5s to 24h
+	MaxStaleness  time.Duration `yaml:"max_staleness"` // how long the member issues without hearing from a leader; default x509_ttl
+	CA            CA            `yaml:"ca"`
+	X509Pop       X509Pop       `yaml:"x509pop"`
+	Log           Log           `yaml:"log"`
 }
 
 // CA sets how the first authorities are made; it changes nothing once they are.
 type CA struct {
-	TTL          time.Duration `yaml:"ttl"`
+	TTL          time.Duration `yaml:"ttl"`           // lifetime of the authorities that the cluster makes for itself
 	JWTAlgorithm string        `yaml:"jwt_algorithm"` // ES256 or RS256
 }
 
 // X509Pop lets agents attest with certificates of an existing PKI.
 type X509Pop struct {
-	CAFile      string `yaml:"ca_file"`
-	KubeCluster string `yaml:"kube_cluster"` // the certificate's common name is then the agent's node in this cluster
+	CAFile      string `yaml:"ca_file"`      // PEM certificates of the PKI by which agents may attest; empty: none may
+	KubeCluster string `yaml:"kube_cluster"` // then the certificate's common name is the agent's node in this cluster
 }
 
 // Log sets the log on standard error.
 type Log struct {
-	Level  string `yaml:"level"`  // debug, info, warn, error
-	Format string `yaml:"format"` // text or json
+	Level  string `yaml:"level"`  // debug, info, warn or error
+	Format string `yaml:"format"` // text or json, on standard error
 }
 
 // Agent is the configuration of a node agent.
 type Agent struct {
-	Version     int      `yaml:"version"`
-	TrustDomain string   `yaml:"trust_domain"`
-	Servers     []string `yaml:"servers"` // host:port of members; the others are learnt
-	// CAPin is sha256:HEX of the CA's public key ("countersign bundle show"); a join token brings its own.
-	CAPin  string      `yaml:"ca_pin"`
-	Attest AgentAttest `yaml:"attest"`
-	Socket string      `yaml:"socket"` // the Workload API
-	// StateDir keeps live SVIDs over a restart; it must be on tmpfs. "none" switches it off.
-	StateDir string        `yaml:"state_dir"`
-	Health   string        `yaml:"health"`
-	KeyType  string        `yaml:"key_type"` // ec-p256, ec-p384, ed25519, rsa-2048
+	Version     int      `yaml:"version"`      // of this file's format
+	TrustDomain string   `yaml:"trust_domain"` // needed, but with a join token
+	Servers     []string `yaml:"servers"`      // host:port of members, one at least; the others are learnt. A join token brings its own
+	CAPin       string   `yaml:"ca_pin"`       // sha256:HEX of the CA's public key, from "countersign bundle show". A join token brings its own
+
+	Attest   AgentAttest   `yaml:"attest"`
+	Socket   string        `yaml:"socket"`    // the Workload API
+	StateDir string        `yaml:"state_dir"` // keeps live SVIDs over a restart; it must be on tmpfs; "none" switches it off
+	Health   string        `yaml:"health"`    // host:port of /live and /ready, plain HTTP
+	KeyType  string        `yaml:"key_type"`  // of workloads' keys: ec-p256, ec-p384, ed25519 or rsa-2048
 	Workload AgentWorkload `yaml:"workload"`
 	Log      Log           `yaml:"log"`
 }
 
 // AgentAttest is how the agent proves its node: exactly one kind.
 type AgentAttest struct {
-	JoinTokenFile string      `yaml:"join_token_file"`
+	JoinTokenFile string      `yaml:"join_token_file"` // a file with the output of "countersign token create --agent"
 	Kube          *AgentKube  `yaml:"kube"`
 	X509Pop       *AgentCerts `yaml:"x509pop"`
 }
 
 // AgentKube attests with the agent pod's own service account token.
 type AgentKube struct {
-	Cluster   string `yaml:"cluster"`
-	TokenPath string `yaml:"token_path"`
+	Cluster   string `yaml:"cluster"`    // the name given to "countersign kube add"
+	TokenPath string `yaml:"token_path"` // of the agent pod's own token
 }
 
 // AgentCerts attests with a certificate and proof of its key.
 type AgentCerts struct {
-	CertFile string `yaml:"cert_file"`
-	KeyFile  string `yaml:"key_file"`
+	CertFile string `yaml:"cert_file"` // PEM, leaf first
+	KeyFile  string `yaml:"key_file"`  // PEM, 0600
 }
 
 // AgentWorkload is how callers are told apart.
 type AgentWorkload struct {
-	TokenPath string `yaml:"token_path"` // inside the pod
-	SHA256    bool   `yaml:"sha256"`     // also hash each caller's binary
-	Systemd   bool   `yaml:"systemd"`    // also tell each caller's systemd unit
+	TokenPath string `yaml:"token_path"` // of a pod's token, as the pod sees it
+	SHA256    bool   `yaml:"sha256"`     // also hash each caller's binary (unix:sha256)
+	Systemd   bool   `yaml:"systemd"`    // also tell each caller's systemd unit (systemd:unit)
 }
 
 // The defaults that more than one command needs.

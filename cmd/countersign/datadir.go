@@ -1,0 +1,249 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	"countersign.io/countersign/api"
+	memberv1 "countersign.io/countersign/api/member/v1"
+	"countersign.io/countersign/attestor/node"
+	"countersign.io/countersign/config"
+	"countersign.io/countersign/identity"
+	"countersign.io/countersign/internal/durable"
+	"countersign.io/countersign/seal"
+	"countersign.io/countersign/server"
+)
+
+// dataDir is a member's folder:
+//
+//	lock              one process at a time
+//	member.json       whose folder this is; written last, so that a crash before it starts over
+//	kek, keyring      the key-encryption key, and the data keys wrapped under it
+//	authorities.json  the replicated, sealed authority records as last seen: a member needs its TLS certificate before
+//	                  raft can have a leader, and a crash throws the state away
+//	raft/, state/     the log and the state
+type dataDir struct {
+	path    string
+	td      spiffeid.TrustDomain
+	member  memberFile
+	keyring *seal.Keyring
+	lock    io.Closer
+}
+
+// memberFile is member.json.
+type memberFile struct {
+	Version     int    `json:"version"`
+	TrustDomain string `json:"trust_domain"`
+	Name        string `json:"name"`
+	Bootstrap   bool   `json:"bootstrap"` // this member began the cluster
+}
+
+const maxStateFile = 4 << 20
+
+// openDataDir opens a member's folder, or makes it: by joining a cluster if the configuration has a join token, else by
+// beginning one.
+func openDataDir(ctx context.Context, c *config.Server) (_ *dataDir, err error) {
+	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("%w: trust_domain: %v", identity.ErrInvalid, err)
+	}
+	if err := durable.PrivateDir(c.DataDir); err != nil {
+		return nil, fmt.Errorf("opening data_dir: %w", err)
+	}
+	d := &dataDir{path: c.DataDir, td: td}
+	if d.lock, err = durable.Lock(d.file("lock")); err != nil {
+		return nil, fmt.Errorf("opening data_dir: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			d.lock.Close()
+		}
+	}()
+	kek, err := seal.OpenFileKEK(d.file("kek"))
+	if err != nil {
+		return nil, fmt.Errorf("opening the key-encryption key: %w", err)
+	}
+	raw, err := durable.ReadPrivateFile(d.file("member.json"), maxStateFile)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		err = d.begin(ctx, c, kek)
+	case err == nil:
+		err = d.check(raw, c)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if d.keyring, err = seal.LoadKeyring(ctx, d.file("keyring"), kek, td); err != nil {
+		return nil, fmt.Errorf("opening the keyring: %w", err)
+	}
+	return d, nil
+}
+
+func (d *dataDir) file(name string) string { return filepath.Join(d.path, name) }
+
+// check refuses a folder that is another's.
+func (d *dataDir) check(raw []byte, c *config.Server) error {
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&d.member); err != nil {
+		return fmt.Errorf("%w: %s is damaged: %v: restore it from a copy of this folder", identity.ErrInvalid, d.file("member.json"), err)
+	}
+	m := d.member
+	switch {
+	case m.Version != 1:
+		return fmt.Errorf("%w: %s has version %d: this release reads version 1", identity.ErrInvalid, d.file("member.json"), m.Version)
+	case m.TrustDomain != c.TrustDomain:
+		return fmt.Errorf("%w: data_dir %s holds the state of trust domain %q, not %q: name another folder, or mend trust_domain", identity.ErrPrecondition, d.path, m.TrustDomain, c.TrustDomain)
+	case m.Name != c.Name:
+		return fmt.Errorf("%w: data_dir %s belongs to member %q, not %q: name another folder, or mend name", identity.ErrPrecondition, d.path, m.Name, c.Name)
+	}
+	return nil
+}
+
+// begin makes the folder's content. Each file is whole or absent, and member.json comes last: after a crash on the way a
+// bootstrap starts over, and a join asks for a new token, its own being spent.
+func (d *dataDir) begin(ctx context.Context, c *config.Server, kek seal.KEK) error {
+	for _, name := range []string{"raft", "state"} {
+		if _, err := os.Stat(d.file(name)); err == nil {
+			return fmt.Errorf("%w: %s exists but member.json does not: this folder is incomplete; restore it, or start with an empty one", identity.ErrPrecondition, d.file(name))
+		}
+	}
+	d.member = memberFile{Version: 1, TrustDomain: c.TrustDomain, Name: c.Name, Bootstrap: c.JoinTokenFile == ""}
+	var keyring *seal.Keyring
+	var err error
+	if d.member.Bootstrap {
+		keyring, err = seal.NewKeyring()
+	} else {
+		keyring, err = d.join(ctx, c)
+	}
+	if err != nil {
+		return err
+	}
+	if err := seal.SaveKeyring(ctx, d.file("keyring"), kek, d.td, keyring); err != nil {
+		return fmt.Errorf("saving the keyring: %w", err)
+	}
+	raw, err := json.Marshal(d.member)
+	if err != nil {
+		return fmt.Errorf("encoding member.json: %w", err)
+	}
+	if err := durable.WriteFile(d.file("member.json"), raw, 0o600); err != nil {
+		return fmt.Errorf("saving member.json: %w", err)
+	}
+	return nil
+}
+
+// join spends the token at the first member that answers.
+func (d *dataDir) join(ctx context.Context, c *config.Server) (*seal.Keyring, error) {
+	raw, err := durable.ReadPrivateFile(c.JoinTokenFile, node.MaxTokenString+2)
+	if err != nil {
+		return nil, fmt.Errorf("reading join_token_file: %w", err)
+	}
+	t, err := node.ParseToken(strings.TrimSpace(string(raw)))
+	clear(raw)
+	if err != nil {
+		return nil, fmt.Errorf("reading join_token_file %s: %w", c.JoinTokenFile, err)
+	}
+	if t.Purpose != identity.JoinServer {
+		return nil, fmt.Errorf("%w: the token in %s admits an %s: make one with countersign token create --server", identity.ErrInvalid, c.JoinTokenFile, t.Purpose)
+	}
+	tlsConf, err := server.PinnedTLS(t.Pin, d.td)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, addr := range t.Addresses {
+		res, err := d.joinAt(ctx, addr, credentials.NewTLS(tlsConf), &memberv1.JoinRequest{Secret: t.Secret, Id: c.Name, Address: c.Advertise, Version: version})
+		if err == nil {
+			return d.joined(res)
+		}
+		errs = append(errs, fmt.Errorf("joining by %s: %w", addr, err))
+		if !errors.Is(err, identity.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) {
+			break // an answer: the token is spent, expired or wrong, and the others would say the same
+		}
+	}
+	return nil, errors.Join(errs...)
+}
+
+func (d *dataDir) joinAt(ctx context.Context, addr string, creds credentials.TransportCredentials, req *memberv1.JoinRequest) (*memberv1.JoinResponse, error) {
+	if _, _, err := net.SplitHostPort(addr); err != nil {
+		return nil, fmt.Errorf("%w: %v", identity.ErrInvalid, err)
+	}
+	conn, err := grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(creds))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	res, err := memberv1.NewMemberClient(conn).Join(ctx, req)
+	return res, api.FromStatus(err)
+}
+
+func (d *dataDir) joined(res *memberv1.JoinResponse) (*seal.Keyring, error) {
+	defer clear(res.Keyring)
+	if res.TrustDomain != d.td.Name() {
+		return nil, fmt.Errorf("%w: the cluster's trust domain is %q, the configuration's %q", identity.ErrInvalid, res.TrustDomain, d.td.Name())
+	}
+	var authorities []identity.Authority
+	if err := json.Unmarshal(res.Authorities, &authorities); err != nil {
+		return nil, fmt.Errorf("%w: reading the cluster's authorities: %v", identity.ErrInvalid, err)
+	}
+	if err := d.saveAuthorities(authorities); err != nil {
+		return nil, err
+	}
+	keyring, err := seal.ParseKeyring(res.Keyring)
+	if err != nil {
+		return nil, fmt.Errorf("reading the cluster's keyring: %w", err)
+	}
+	return keyring, nil
+}
+
+// authoritiesFile is authorities.json: what it holds is sealed, as in the log.
+type authoritiesFile struct {
+	Version     int                  `json:"version"`
+	Authorities []identity.Authority `json:"authorities"`
+}
+
+func (d *dataDir) saveAuthorities(a []identity.Authority) error {
+	raw, err := json.Marshal(authoritiesFile{Version: 1, Authorities: a})
+	if err != nil {
+		return fmt.Errorf("encoding the authorities: %w", err)
+	}
+	if err := durable.WriteFile(d.file("authorities.json"), raw, 0o600); err != nil {
+		return fmt.Errorf("saving the authorities: %w", err)
+	}
+	return nil
+}
+
+// loadAuthorities returns nothing on a member that has not seen any yet.
+func (d *dataDir) loadAuthorities() ([]identity.Authority, error) {
+	raw, err := durable.ReadPrivateFile(d.file("authorities.json"), maxStateFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the authorities: %w", err)
+	}
+	var f authoritiesFile
+	if err := json.Unmarshal(raw, &f); err != nil || f.Version != 1 {
+		return nil, fmt.Errorf("%w: %s is damaged or of a newer release (%v): remove it if another member lives, else restore it", identity.ErrInvalid, d.file("authorities.json"), err)
+	}
+	return f.Authorities, nil
+}
+
+// Close lets the folder go.
+func (d *dataDir) Close() error { return d.lock.Close() }

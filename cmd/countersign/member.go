@@ -1,0 +1,294 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"countersign.io/countersign/attestor/kube"
+	"countersign.io/countersign/ca"
+	"countersign.io/countersign/cmd/internal/cli"
+	"countersign.io/countersign/config"
+	"countersign.io/countersign/identity"
+	"countersign.io/countersign/raft"
+	"countersign.io/countersign/server"
+	"countersign.io/countersign/store"
+)
+
+func serverCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "server", Short: "Run a member of the CA cluster"}
+	var file string
+	run := &cobra.Command{
+		Use: "run -c FILE", Short: "Run a member until it is interrupted", Args: cobra.NoArgs,
+		Long: `Run a member until it is interrupted. With an empty data folder it joins the cluster of its join token, or, without one,
+begins a new cluster. docs/CONFIG.md lists the settings.`,
+		Example: `  countersign server run -c /etc/countersign/server.yaml
+
+  # server.yaml
+  version: 1
+  trust_domain: example.org
+  advertise: ca-1.example.org:8443
+  # on all but the first, from "countersign token create --server":
+  # join_token_file: /etc/countersign/join`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := config.LoadServer(file)
+			if err != nil {
+				return err
+			}
+			return runMember(cmd.Context(), c, cli.Logger(cmd.ErrOrStderr(), c.Log), nil)
+		},
+	}
+	run.Flags().StringVarP(&file, "config", "c", "/etc/countersign/server.yaml", "configuration file")
+	cmd.AddCommand(run)
+	return cmd
+}
+
+// member is one member's parts, in the order in which they are made; Close undoes them in reverse.
+type member struct {
+	c       *config.Server
+	log     *slog.Logger
+	td      spiffeid.TrustDomain
+	tcp     net.Listener
+	health  net.Listener
+	data    *dataDir
+	cached  *identity.Bundle // of the last run, until the state knows better
+	store   *store.Store
+	ca      *ca.CA
+	pods    *kube.Verifier
+	tls     server.TLSConfig
+	port    *server.Listener
+	admin   net.Listener
+	node    *raft.Node
+	server  *server.Server
+	closers []io.Closer
+}
+
+// runMember runs a member until ctx ends. ready, if not nil, is called once it can issue.
+func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready func()) (err error) {
+	m := &member{c: c, log: log}
+	defer func() {
+		for i := len(m.closers) - 1; i >= 0; i-- {
+			err = errors.Join(err, m.closers[i].Close())
+		}
+	}()
+	if err := m.open(ctx); err != nil {
+		return err
+	}
+	// The port serves the others before raft starts, and until it has ended: they need it to agree that we leave.
+	portCtx, closePort := context.WithCancel(context.WithoutCancel(ctx))
+	portDone := make(chan error, 1)
+	go func() { portDone <- m.port.Run(portCtx) }()
+	m.closers = append(m.closers, closerFunc(func() error { closePort(); return <-portDone }))
+	if err := m.replicate(ctx); err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return m.server.Run(ctx) })
+	g.Go(func() error { return m.store.Run(ctx) })
+	g.Go(func() error { return m.node.Run(ctx) })
+	g.Go(func() error {
+		m.node.Leadership(ctx, func(ctx context.Context) {
+			if err := m.server.RunLeader(ctx); err != nil {
+				log.Error("the leader's work ended", "error", err)
+			}
+		})
+		return nil
+	})
+	g.Go(func() error { return cli.ServeHealth(ctx, m.health, m.server.Ready) })
+	if ready != nil {
+		g.Go(func() error { return m.whenReady(ctx, ready) })
+	}
+	log.Info("member started", "name", c.Name, "trust_domain", c.TrustDomain, "address", m.port.Addr().String(), "version", version)
+	return g.Wait()
+}
+
+type closerFunc func() error
+
+func (f closerFunc) Close() error { return f() }
+
+// open makes everything that needs no other member but for joining: ports first, so that one in use is said before a
+// join token is spent.
+func (m *member) open(ctx context.Context) error {
+	c := m.c
+	var err error
+	if m.tcp, err = net.Listen("tcp", c.Listen); err != nil {
+		return fmt.Errorf("listening (listen: %s): %w: end what uses the port, or name another", c.Listen, err)
+	}
+	m.closers = append(m.closers, ignoreClosed(m.tcp))
+	if m.health, err = net.Listen("tcp", c.Health); err != nil {
+		return fmt.Errorf("listening for health (health: %s): %w: end what uses the port, or name another", c.Health, err)
+	}
+	m.closers = append(m.closers, ignoreClosed(m.health))
+	if m.data, err = openDataDir(ctx, c); err != nil {
+		return err
+	}
+	m.closers = append(m.closers, m.data)
+	m.td = m.data.td
+	if m.store, err = store.Open(store.Config{Dir: m.data.file("state"), TrustDomain: m.td, Log: m.log}); err != nil {
+		return err
+	}
+	m.closers = append(m.closers, m.store)
+	if m.ca, err = ca.New(ca.Config{TrustDomain: m.td, MemberName: c.Name, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, Log: m.log}); err != nil {
+		return err
+	}
+	if err := m.lastAuthorities(); err != nil {
+		return err
+	}
+	if m.pods, err = kube.New(kube.Config{Log: m.log}); err != nil {
+		return err
+	}
+	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle}
+	if m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Log: m.log}); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(c.AdminSocket), 0o755); err != nil {
+		return fmt.Errorf("making the folder of admin_socket: %w", err)
+	}
+	if m.admin, err = server.ListenAdmin(c.AdminSocket); err != nil {
+		return err
+	}
+	m.closers = append(m.closers, ignoreClosed(m.admin))
+	return nil
+}
+
+// lastAuthorities makes the CA able to show this member's certificate before there is any state.
+func (m *member) lastAuthorities() error {
+	authorities, err := m.data.loadAuthorities()
+	if err != nil || len(authorities) == 0 {
+		return err
+	}
+	m.cached = &identity.Bundle{TrustDomain: m.td, JWT: map[string][]byte{}}
+	for _, a := range authorities {
+		if a.Kind == identity.AuthorityX509 {
+			m.cached.X509 = append(m.cached.X509, a.Cert)
+		}
+	}
+	if err := m.ca.SetAuthorities(authorities, m.openKey); err != nil {
+		return fmt.Errorf("using the authorities of the last run: %w", err)
+	}
+	return nil
+}
+
+// bundle is what other members' and agents' certificates are verified against.
+func (m *member) bundle() *identity.Bundle {
+	if b := m.store.Bundle(); b != nil && len(b.X509) > 0 {
+		return b
+	}
+	return m.cached
+}
+
+// openKey opens an authority's sealed key.
+func (m *member) openKey(a identity.Authority) (crypto.Signer, error) {
+	der, err := m.data.keyring.Open(a.SealedKey, identity.AuthorityAD(m.td, a.Kind, a.ID))
+	if err != nil {
+		return nil, fmt.Errorf("opening the key of %s authority %s: %w", a.Kind, a.ID, err)
+	}
+	defer clear(der)
+	key, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("parsing the key of %s authority %s: %w", a.Kind, a.ID, err)
+	}
+	signer, ok := key.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("the key of %s authority %s cannot sign", a.Kind, a.ID)
+	}
+	return signer, nil
+}
+
+// replicate starts raft, and makes what writes through it.
+func (m *member) replicate(ctx context.Context) error {
+	c := m.c
+	dialer := tls.Dialer{Config: server.MemberTLS(m.tls, "")}
+	dial := func(ctx context.Context, address string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", address) }
+	var err error
+	m.node, err = raft.Open(raft.Config{
+		ID: c.Name, Address: c.Advertise, Dir: m.data.file("raft"), Machine: m.store, Listener: m.port.Raft(), Dial: dial,
+		Bootstrap: m.data.member.Bootstrap, Log: m.log,
+	})
+	if err != nil {
+		return err
+	}
+	m.closers = append(m.closers, m.node)
+	var popRoots *x509.CertPool
+	if c.X509Pop.CAFile != "" {
+		if popRoots, err = loadRoots(c.X509Pop.CAFile); err != nil {
+			return err
+		}
+	}
+	w := m.store.Writer(m.node)
+	m.server, err = server.New(server.Config{
+		TrustDomain: m.td, MemberID: c.Name, Version: version,
+		Agents: m.port.Agents(), Guests: m.port.Guests(), Admin: m.admin,
+		CA: m.ca, State: server.State{Entries: m.store, Registry: m.store, Trust: m.store},
+		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
+		Pods:    m.pods,
+		Cluster: server.Cluster{Staleness: m.node.Staleness, Members: m.members, AddMember: m.node.AddMember},
+		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
+		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
+		X509PopRoots: popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
+		Log: m.log,
+	})
+	return err
+}
+
+func (m *member) members() []server.MemberStatus {
+	var out []server.MemberStatus
+	for _, x := range m.node.Members() {
+		out = append(out, server.MemberStatus{ID: x.ID, Address: x.Address, Voter: x.Voter, Leader: x.Leader})
+	}
+	return out
+}
+
+// whenReady calls ready once the member can issue.
+func (m *member) whenReady(ctx context.Context, ready func()) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for m.server.Ready() != nil {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+	ready()
+	return nil
+}
+
+func loadRoots(path string) (*x509.CertPool, error) {
+	raw, err := readInput(path)
+	if err != nil {
+		return nil, fmt.Errorf("reading x509pop.ca_file: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(raw) {
+		return nil, fmt.Errorf("%w: x509pop.ca_file %s holds no PEM certificate", identity.ErrInvalid, path)
+	}
+	return pool, nil
+}
+
+// ignoreClosed closes a listener that its user may have closed already.
+func ignoreClosed(l net.Listener) io.Closer {
+	var once sync.Once
+	return closerFunc(func() (err error) {
+		once.Do(func() {
+			if err = l.Close(); errors.Is(err, net.ErrClosed) {
+				err = nil
+			}
+		})
+		return err
+	})
+}

@@ -1,0 +1,209 @@
+package config
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"countersign.io/countersign/identity"
+)
+
+const goodServer = `version: 1
+trust_domain: example.org
+name: ca-1
+`
+
+const goodAgent = `version: 1
+trust_domain: example.org
+servers: [ca-1.example.org:8443]
+ca_pin: sha256:00
+attest: {kube: {cluster: prod}}
+`
+
+func TestDefaults(t *testing.T) {
+	s, err := ParseServer("x", []byte(goodServer))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.X509TTL != time.Hour || s.JWTTTL != 5*time.Minute || s.MaxStaleness != time.Hour || s.DataDir != DefaultDataDir || s.CA.JWTAlgorithm != "ES256" {
+		t.Errorf("defaults: %+v", s)
+	}
+	a, err := ParseAgent("x", []byte(goodAgent))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.Socket != DefaultAgentSocket || a.KeyType != "ec-p256" || a.Attest.Kube.TokenPath != DefaultTokenPath {
+		t.Errorf("defaults: %+v", a)
+	}
+}
+
+func TestServerFaults(t *testing.T) {
+	for name, c := range map[string]struct {
+		yaml string
+		want []string // all of them, in one error
+	}{
+		"empty":                 {"", []string{"the file is empty", "version is missing", "trust_domain is missing"}},
+		"unknown field":         {goodServer + "listn: x\n", []string{"line 4", "listn"}},
+		"two faults at once":    {goodServer + "listn: x\nx509_ttl: 1s\n", []string{"listn", "x509_ttl is 1s"}},
+		"from the future":       {strings.Replace(goodServer, "version: 1", "version: 2", 1), []string{"version 2 is newer"}},
+		"negative version":      {strings.Replace(goodServer, "version: 1", "version: -1", 1), []string{"version -1"}},
+		"second document":       {goodServer + "---\nversion: 1\n", []string{"after the first document"}},
+		"not yaml":              {"\t{", []string{"invalid input"}},
+		"wrong type":            {goodServer + "x509_ttl: [1]\n", []string{"line 4"}},
+		"trust domain":          {strings.Replace(goodServer, "example.org", "Example.org/x", 1), []string{"trust_domain"}},
+		"trust domain as URI":   {strings.Replace(goodServer, "example.org", "spiffe://example.org", 1), []string{"write the bare name"}},
+		"name":                  {strings.Replace(goodServer, "ca-1", "a/b", 1), []string{"name \"a/b\""}},
+		"relative folder":       {goodServer + "data_dir: x\n", []string{"data_dir", "absolute"}},
+		"bad port":              {goodServer + "listen: 1.2.3.4:99999\n", []string{"bad port"}},
+		"no port":               {goodServer + "listen: 1.2.3.4\n", []string{"want host:port"}},
+		"unspecified advertise": {goodServer + "advertise: 0.0.0.0:1\n", []string{"advertise", "unspecified"}},
+		"jwt algorithm":         {goodServer + "ca: {jwt_algorithm: none}\n", []string{"ES256 or RS256"}},
+		"ttl beyond a day":      {goodServer + "x509_ttl: 25h\n", []string{"x509_ttl is 25h"}},
+		"log":                   {goodServer + "log: {level: loud, format: xml}\n", []string{"log.level", "log.format"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := ParseServer("file.yaml", []byte(c.yaml))
+			if !errors.Is(err, identity.ErrInvalid) {
+				t.Fatalf("got %v", err)
+			}
+			for _, w := range append(c.want, "file.yaml") {
+				if !strings.Contains(err.Error(), w) {
+					t.Errorf("%q is not in: %v", w, err)
+				}
+			}
+		})
+	}
+}
+
+func TestAgentFaults(t *testing.T) {
+	for name, c := range map[string]struct{ yaml, want string }{
+		"no attestation":   {strings.Replace(goodAgent, "{kube: {cluster: prod}}", "{}", 1), "exactly one"},
+		"two attestations": {strings.Replace(goodAgent, "{kube: {cluster: prod}}", "{kube: {cluster: prod}, join_token_file: /x}", 1), "exactly one"},
+		"no cluster":       {strings.Replace(goodAgent, "{cluster: prod}", "{}", 1), "attest.kube.cluster"},
+		"no pin":           {strings.Replace(goodAgent, "ca_pin: sha256:00", "", 1), "ca_pin is missing"},
+		"no servers":       {strings.Replace(goodAgent, "[ca-1.example.org:8443]", "[]", 1), "servers is empty"},
+		"server's port":    {strings.Replace(goodAgent, "ca-1.example.org:8443", "ca-1.example.org", 1), "servers"},
+		"key type":         {goodAgent + "key_type: dsa\n", "key_type"},
+		"half a pair":      {strings.Replace(goodAgent, "{kube: {cluster: prod}}", "{x509pop: {cert_file: /x}}", 1), "both needed"},
+		"relative socket":  {goodAgent + "socket: x\n", "socket"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := ParseAgent("x", []byte(c.yaml))
+			if !errors.Is(err, identity.ErrInvalid) || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("want %q, got %v", c.want, err)
+			}
+		})
+	}
+}
+
+func TestLoadRefusesAHugeFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.yaml")
+	if err := os.WriteFile(path, make([]byte, maxFile+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadServer(path); !errors.Is(err, identity.ErrInvalid) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := LoadAgent(filepath.Join(t.TempDir(), "absent")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	seeds, err := filepath.Glob("testdata/fuzz/FuzzParse/*")
+	if err != nil || len(seeds) < 3 {
+		f.Fatalf("found %d seeds: %v", len(seeds), err)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		// What is accepted satisfies Check; what is not has an error; nothing panics.
+		if s, err := ParseServer("x", data); err == nil && s.Check() != nil {
+			t.Error("accepted a server that Check refuses")
+		}
+		if a, err := ParseAgent("x", data); err == nil && a.Check() != nil {
+			t.Error("accepted an agent that Check refuses")
+		}
+	})
+}
+
+// TestDocumentation keeps docs/CONFIG.md equal to the structs and their comments: run with -update after a change.
+func TestDocumentation(t *testing.T) {
+	update := flag.Lookup("update").Value.String() == "true"
+	want := document(t)
+	path := filepath.Join("..", "docs", "CONFIG.md")
+	if update {
+		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(got) != want {
+		t.Error("docs/CONFIG.md is out of date: go test ./config -update")
+	}
+}
+
+var _ = flag.Bool("update", false, "write docs/CONFIG.md anew")
+
+func document(t *testing.T) string {
+	file, err := parser.ParseFile(token.NewFileSet(), "config.go", nil, parser.ParseComments)
+	if err != nil {
+		t.Fatal(err)
+	}
+	comments := map[string]string{} // Type.Field -> comment
+	ast.Inspect(file, func(n ast.Node) bool {
+		ts, ok := n.(*ast.TypeSpec)
+		if !ok {
+			return true
+		}
+		if st, ok := ts.Type.(*ast.StructType); ok {
+			for _, f := range st.Fields.List {
+				for _, name := range f.Names {
+					comments[ts.Name.Name+"."+name.Name] = strings.Join(strings.Fields(f.Doc.Text()+" "+f.Comment.Text()), " ")
+				}
+			}
+		}
+		return true
+	})
+	var b strings.Builder
+	b.WriteString("# Configuration\n\nGenerated from the comments in config/config.go (`go test ./config -update`). Every field has a default unless it says so in its description or is\n`version`, `trust_domain`. Durations are written as `1h30m`. An unknown field is an error.\n")
+	s, _ := ParseServer("", []byte("version: 1\nname: HOSTNAME\nadvertise: HOSTNAME:8443\n"))
+	a, _ := ParseAgent("", []byte("version: 1\nattest: {kube: {}, x509pop: {}}\n"))
+	b.WriteString("\n## `countersign server run -c FILE`\n\n| field | default | |\n| --- | --- | --- |\n")
+	fields(&b, "", reflect.ValueOf(*s), comments)
+	b.WriteString("\n## `countersign-agent run -c FILE`\n\n| field | default | |\n| --- | --- | --- |\n")
+	fields(&b, "", reflect.ValueOf(*a), comments)
+	return b.String()
+}
+
+func fields(b *strings.Builder, prefix string, v reflect.Value, comments map[string]string) {
+	for i := range v.NumField() {
+		f, x := v.Type().Field(i), v.Field(i)
+		name := prefix + f.Tag.Get("yaml")
+		if x.Kind() == reflect.Pointer {
+			x = x.Elem()
+		}
+		if x.Kind() == reflect.Struct {
+			fields(b, name+".", x, comments)
+			continue
+		}
+		def := fmt.Sprint(x.Interface())
+		switch {
+		case def == "false" || x.IsZero() || def == "[]":
+			def = ""
+		default:
+			def = "`" + def + "`"
+		}
+		fmt.Fprintf(b, "| `%s` | %s | %s |\n", name, def, comments[v.Type().Name()+"."+f.Name])
+	}
+}
