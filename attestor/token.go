@@ -46,7 +46,8 @@ func readToken(root int, path string) ([]byte, error) {
 }
 
 // readRegular reads the whole file that an O_PATH descriptor stands for, of 1 to limit bytes, and refuses
-// one that changes meanwhile. A file that is replaced by renaming, as the kubelet does, is read as it was.
+// one that changes meanwhile. A file that is replaced by renaming, as the kubelet does, is read as it was;
+// of one that is being written in place a part may be read, and then its signature does not verify.
 func readRegular(handle, limit int) ([]byte, error) {
 	var before, after unix.Stat_t
 	if err := unix.Fstat(handle, &before); err != nil {
