@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"countersign.io/countersign/integration/cluster"
+	"countersign.io/countersign/integration/issuer"
 )
 
 const (
@@ -92,15 +93,15 @@ func (s *stage) play(ctx context.Context) error {
 		}
 		s.say("member "+m.Name, "%s (pid %d, %s)", how, m.PID(), m.Address)
 	}
-	iss, err := newIssuer(s.c.Dir)
+	iss, err := issuer.New(s.c.Dir)
 	if err != nil {
 		return err
 	}
-	if _, err := s.c.Admin(ctx, "kube", "add", "demo", "--issuer", iss.url, "--jwks-file", iss.jwksFile); err != nil {
+	if _, err := s.c.Admin(ctx, "kube", "add", "demo", "--issuer", iss.URL, "--jwks-file", iss.JWKSFile); err != nil {
 		return err
 	}
 	s.say("token issuer", "DEVELOPMENT ONLY: stands in for a kube API server; its keys are registered as kube cluster \"demo\"")
-	a, err := s.c.StartAgent(ctx, kubeNode, "--insecure-dev-pods", iss.tokens)
+	a, err := s.c.StartAgent(ctx, kubeNode, "--insecure-dev-pods", iss.Tokens)
 	if err != nil {
 		return err
 	}
@@ -121,7 +122,7 @@ func (s *stage) play(ctx context.Context) error {
 	return s.sum(failover)
 }
 
-func (s *stage) startPods(ctx context.Context, iss *issuer, a *cluster.Agent) error {
+func (s *stage) startPods(ctx context.Context, iss *issuer.Issuer, a *cluster.Agent) error {
 	addr, err := cluster.FreeAddress()
 	if err != nil {
 		return err
@@ -134,7 +135,7 @@ func (s *stage) startPods(ctx context.Context, iss *issuer, a *cluster.Agent) er
 		{"backend", []string{"-listen", addr, "-peer", id("frontend")}},
 		{"frontend", []string{"-dial", addr, "-peer", id("backend")}},
 	} {
-		token, err := iss.pod("shop", p.name, "node-1")
+		token, err := iss.Pod("shop", p.name, "node-1")
 		if err != nil {
 			return err
 		}

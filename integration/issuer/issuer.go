@@ -1,4 +1,5 @@
-package main
+// Package issuer makes up service account tokens, for the demo, tests and measurements.
+package issuer
 
 import (
 	"crypto/ecdsa"
@@ -15,29 +16,30 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 )
 
-// issuer stands in for a kube API server: it makes the tokens that one would project into pods. Development only: whoever
+// Issuer stands in for a kube API server: it makes the tokens that one would project into pods. Development only: whoever
 // holds it can be any pod of its cluster.
-type issuer struct {
-	url      string
-	jwksFile string
-	tokens   string // folder of the pods' tokens
+type Issuer struct {
+	URL      string
+	JWKSFile string
+	Tokens   string // folder of the pods' tokens
 	signer   jose.Signer
 }
 
-func newIssuer(dir string) (*issuer, error) {
+// New makes an issuer whose keys and tokens live in dir.
+func New(dir string) (*Issuer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("making the issuer's key: %w", err)
 	}
-	i := &issuer{url: "https://issuer.demo.test", jwksFile: filepath.Join(dir, "jwks.json"), tokens: filepath.Join(dir, "tokens")}
+	i := &Issuer{URL: "https://issuer.demo.test", JWKSFile: filepath.Join(dir, "jwks.json"), Tokens: filepath.Join(dir, "tokens")}
 	jwks, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "demo", Algorithm: "ES256", Use: "sig"}}})
 	if err != nil {
 		return nil, fmt.Errorf("encoding the issuer's key: %w", err)
 	}
-	if err := os.WriteFile(i.jwksFile, jwks, 0o600); err != nil {
+	if err := os.WriteFile(i.JWKSFile, jwks, 0o600); err != nil {
 		return nil, fmt.Errorf("writing the issuer's key: %w", err)
 	}
-	if err := os.Mkdir(i.tokens, 0o700); err != nil {
+	if err := os.Mkdir(i.Tokens, 0o700); err != nil {
 		return nil, fmt.Errorf("making the tokens' folder: %w", err)
 	}
 	i.signer, err = jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: "demo"}}, nil)
@@ -47,17 +49,28 @@ func newIssuer(dir string) (*issuer, error) {
 	return i, nil
 }
 
-// pod makes up a pod and returns the file that holds its token.
-func (i *issuer) pod(ns, sa, node string) (string, error) {
+// Pod makes up a pod and returns the file that holds its token.
+func (i *Issuer) Pod(ns, sa, node string) (string, error) {
+	token, err := i.Token(ns, sa, node)
+	if err != nil {
+		return "", err
+	}
+	file := filepath.Join(i.Tokens, sa)
+	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+		return "", fmt.Errorf("writing a token: %w", err)
+	}
+	return file, nil
+}
+
+// Token makes up a pod and returns its token.
+func (i *Issuer) Token(ns, sa, node string) (string, error) {
 	var id [16]byte
 	rand.Read(id[:])
-	uid := func(n int) string {
-		h := hex.EncodeToString(id[:])
-		return fmt.Sprintf("%s-%04d-4000-8000-%s", h[:8], n, h[8:20])
-	}
+	h := hex.EncodeToString(id[:])
+	uid := func(n int) string { return fmt.Sprintf("%s-%04d-4000-8000-%s", h[:8], n, h[8:20]) }
 	now := time.Now()
 	claims := map[string]any{
-		"iss": i.url, "aud": []string{"countersign"}, "sub": "system:serviceaccount:" + ns + ":" + sa,
+		"iss": i.URL, "aud": []string{"countersign"}, "sub": "system:serviceaccount:" + ns + ":" + sa,
 		"iat": now.Unix(), "nbf": now.Unix(), "exp": now.Add(time.Hour).Unix(),
 		"kubernetes.io": map[string]any{
 			"namespace":      ns,
@@ -70,9 +83,5 @@ func (i *issuer) pod(ns, sa, node string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("signing a token: %w", err)
 	}
-	file := filepath.Join(i.tokens, sa)
-	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
-		return "", fmt.Errorf("writing a token: %w", err)
-	}
-	return file, nil
+	return token, nil
 }
