@@ -1,0 +1,211 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"runtime"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"countersign.io/countersign/identity"
+	"countersign.io/countersign/internal/durable"
+)
+
+// restore takes what an earlier process left: all of it, or as much as is intact and still valid. Nothing in it is trusted
+// more than an answer from a member. It runs before anything else does.
+func (a *Agent) restore(now time.Time) {
+	ignore := func(path string, err error) {
+		a.log.Warn("ignoring a file of the agent's state", "path", path, "error", err)
+	}
+	data, err := readState(a.state.trust(), maxStateFile)
+	if data == nil {
+		if err != nil {
+			ignore(a.state.trust(), err)
+		}
+		return // without a bundle nothing else can be checked
+	}
+	t, members, err := parseTrust(data)
+	if err == nil && !a.cfg.TrustDomain.IsZero() && t.td != a.cfg.TrustDomain {
+		err = fmt.Errorf("%w: it is of trust domain %q, the agent is configured for %q", identity.ErrInvalid, t.td, a.cfg.TrustDomain)
+	}
+	if err != nil {
+		ignore(a.state.trust(), err)
+		return
+	}
+	a.trust.Store(t)
+	a.takeMembers(members)
+	if data, err = readState(a.state.own(), maxStateFile); data != nil {
+		var o *ownSVID
+		if o, err = parseOwn(data, t, now); err == nil {
+			a.own.Store(o)
+			a.log.Info("agent has an SVID from before its restart", "id", o.id, "expires", o.notAfter)
+		}
+		clear(data)
+	}
+	if err != nil {
+		ignore(a.state.own(), err)
+	}
+	paths, err := a.state.files()
+	if err != nil {
+		ignore(a.state.path, err)
+	}
+	if len(paths) > maxRestored {
+		a.log.Warn("restoring a part of the agent's state", "files", len(paths), "limit", maxRestored)
+		paths = paths[:maxRestored]
+	}
+	var g errgroup.Group
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, path := range paths {
+		g.Go(func() error {
+			if err := a.restoreWorkload(path, t, now); err != nil {
+				ignore(path, err)
+				if err := os.Remove(path); err != nil { // it holds a key that nothing will use
+					ignore(path, err)
+				}
+			}
+			return nil
+		})
+	}
+	g.Wait()
+	if n, _ := a.cache.counts(); n > 0 {
+		a.log.Info("restored identities from before the restart", "workloads", n)
+	}
+}
+
+func (a *Agent) restoreWorkload(path string, t *trust, now time.Time) error {
+	data, err := durable.ReadPrivateFile(path, maxStateSVID)
+	if err != nil {
+		return err
+	}
+	defer clear(data)
+	w, err := parseWorkload(data, t, now)
+	if err != nil {
+		return err
+	}
+	if a.state.svid(w.key) != path {
+		return fmt.Errorf("%w: it is not under the name of its workload", identity.ErrInvalid)
+	}
+	for i := range w.svids {
+		chain := w.svids[i].Chain
+		w.svids[i].Chain = append(chain[:1:1], a.cache.intern(chain[1:])...)
+	}
+	a.cache.restore(w, now)
+	return nil
+}
+
+// restore puts a workload in place. A caller that came meanwhile with an answer of its own wins.
+func (c *cache) restore(s *savedWorkload, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.byKey[s.key] != nil {
+		return
+	}
+	w := c.add(s.key)
+	w.svids, w.selectors = s.svids, s.selectors
+	for i := range w.svids {
+		at := renewRestored(w.svids[i].NotBefore, w.svids[i].NotAfter, now)
+		if w.renewAt.IsZero() || at.Before(w.renewAt) {
+			w.renewAt = at
+		}
+	}
+	c.schedule(w, w.renewAt)
+}
+
+// save notes that a workload's file is to be written, or removed. The caller holds mu.
+func (c *cache) save(key string) {
+	if c.persist {
+		c.unsaved[key] = struct{}{}
+		wake(c.saveWake)
+	}
+}
+
+func (c *cache) markOwn() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unsavedOwn = true
+	wake(c.saveWake)
+}
+
+func (c *cache) markTrust() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unsavedBund = true
+	wake(c.saveWake)
+}
+
+// takeUnsaved returns what changed since the last call.
+func (c *cache) takeUnsaved() (keys map[string]struct{}, own, bundles bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	keys, own, bundles = c.unsaved, c.unsavedOwn, c.unsavedBund
+	c.unsaved, c.unsavedOwn, c.unsavedBund = map[string]struct{}{}, false, false
+	return keys, own, bundles
+}
+
+// saved is what a restart should find of a workload; nil: nothing.
+func (c *cache) saved(key string, now time.Time) *savedWorkload {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	w := c.byKey[key]
+	if w == nil || !w.live(now) {
+		return nil
+	}
+	return &savedWorkload{key: w.key, selectors: w.selectors, svids: w.svids}
+}
+
+func (a *Agent) runPersister(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.cache.saveWake:
+			a.persistDirty()
+		}
+	}
+}
+
+// persistDirty writes what changed. Only one goroutine runs it at a time, and it reads what is true at that moment: a file that
+// a drop has made wrong is always removed by a later pass.
+func (a *Agent) persistDirty() {
+	failed := func(path string, err error) {
+		a.log.Error("could not write the agent's state: it may be missing after a restart", "path", path, "error", err)
+	}
+	write := func(path string, data []byte, err error) {
+		if err == nil {
+			err = durable.WriteFile(path, data, 0o600)
+		}
+		clear(data)
+		if err != nil {
+			failed(path, err)
+		}
+	}
+	keys, own, bundles := a.cache.takeUnsaved()
+	if t := a.trust.Load(); bundles && t != nil { // first: the others mean nothing without it
+		var members []string
+		if m := a.members.Load(); m != nil {
+			members = *m
+		}
+		data, err := encodeTrust(t, members)
+		write(a.state.trust(), data, err)
+	}
+	if o := a.own.Load(); own && o != nil {
+		data, err := encodeOwn(o)
+		write(a.state.own(), data, err)
+	}
+	for key := range keys {
+		path := a.state.svid(key)
+		w := a.cache.saved(key, time.Now())
+		if w == nil {
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				failed(path, err)
+			}
+			continue
+		}
+		data, err := encodeWorkload(w)
+		write(path, data, err)
+	}
+}
