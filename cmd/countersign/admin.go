@@ -268,23 +268,19 @@ func orDash(s string) string {
 
 // readInput reads a small file an operator named; "-" is standard input, "" nothing.
 func readInput(path string) ([]byte, error) {
-	if path == "" {
+	switch path {
+	case "":
 		return nil, nil
-	}
-	f := os.Stdin
-	if path != "-" {
-		var err error
-		if f, err = os.Open(path); err != nil {
-			return nil, fmt.Errorf("%w: %v", identity.ErrInvalid, err)
+	case "-":
+		data, err := io.ReadAll(io.LimitReader(os.Stdin, maxInput+1))
+		if err == nil && len(data) > maxInput {
+			err = fmt.Errorf("%w: standard input is larger than %d bytes", identity.ErrInvalid, maxInput)
 		}
-		defer f.Close()
+		return data, err
 	}
-	data, err := io.ReadAll(io.LimitReader(f, maxInput+1))
+	data, err := cli.ReadFile(path, maxInput)
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", path, err)
-	}
-	if len(data) > maxInput {
-		return nil, fmt.Errorf("%w: %s is larger than %d bytes", identity.ErrInvalid, path, maxInput)
+		return nil, fmt.Errorf("%w: %w", identity.ErrInvalid, err)
 	}
 	return data, nil
 }

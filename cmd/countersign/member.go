@@ -213,7 +213,9 @@ func (m *member) openKey(a identity.Authority) (crypto.Signer, error) {
 func (m *member) replicate(ctx context.Context) error {
 	c := m.c
 	dialer := tls.Dialer{Config: server.MemberTLS(m.tls, "")}
-	dial := func(ctx context.Context, address string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", address) }
+	dial := func(ctx context.Context, address string) (net.Conn, error) {
+		return dialer.DialContext(ctx, "tcp", address)
+	}
 	var err error
 	m.node, err = raft.Open(raft.Config{
 		ID: c.Name, Address: c.Advertise, Dir: m.data.file("raft"), Machine: m.store, Listener: m.port.Raft(), Dial: dial,
@@ -233,7 +235,7 @@ func (m *member) replicate(ctx context.Context) error {
 	m.server, err = server.New(server.Config{
 		TrustDomain: m.td, MemberID: c.Name, Version: version,
 		Agents: m.port.Agents(), Guests: m.port.Guests(), Admin: m.admin,
-		CA: m.ca, State: server.State{Entries: m.store, Registry: m.store, Trust: m.store},
+		CA: m.ca, State: server.State{EntryReader: m.store, Registry: m.store, Trust: m.store},
 		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
 		Pods:    m.pods,
 		Cluster: server.Cluster{Staleness: m.node.Staleness, Members: m.members, AddMember: m.node.AddMember},

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"countersign.io/countersign/attestor"
+	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/identity"
 )
 
@@ -20,7 +21,7 @@ const devPodVariable = "COUNTERSIGN_DEV_POD="
 // the flag that leads here says insecure.
 func devPods(dir string) func(*attestor.Peer) (attestor.Place, error) {
 	return func(p *attestor.Peer) (attestor.Place, error) {
-		environ, err := readLimited(fmt.Sprintf("/proc/%d/environ", p.PID()), 1<<20)
+		environ, err := cli.ReadFile(fmt.Sprintf("/proc/%d/environ", p.PID()), 1<<20)
 		if err != nil {
 			return attestor.Place{}, fmt.Errorf("%w: reading the caller's environment: %v", identity.ErrUnavailable, err)
 		}
@@ -44,7 +45,7 @@ func devPods(dir string) func(*attestor.Peer) (attestor.Place, error) {
 
 // podUID reads, without believing it, which pod a token is bound to: without a kubelet there is no cgroup to tell.
 func podUID(path string) (string, error) {
-	token, err := readLimited(path, identity.MaxTokenBytes)
+	token, err := cli.ReadFile(path, identity.MaxTokenBytes)
 	if err != nil {
 		return "", fmt.Errorf("%w: reading the development token: %v", identity.ErrDenied, err)
 	}

@@ -5,12 +5,9 @@ import (
 	"context"
 	"crypto"
 	"crypto/tls"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
-	"os"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -91,7 +88,7 @@ func agentConfig(c *config.Agent, o Options) (agent.Config, error) {
 	case c.Attest.Kube != nil:
 		path := c.Attest.Kube.TokenPath
 		// The kubelet's file may be readable by the pod's group: its mode is the pod's own affair.
-		conf.Credential = agent.KubeToken(c.Attest.Kube.Cluster, func() ([]byte, error) { return readLimited(path, identity.MaxTokenBytes) })
+		conf.Credential = agent.KubeToken(c.Attest.Kube.Cluster, func() ([]byte, error) { return cli.ReadFile(path, identity.MaxTokenBytes) })
 	default:
 		x := c.Attest.X509Pop
 		conf.Credential = agent.X509Pop(func() ([][]byte, crypto.Signer, error) { return loadPair(x.CertFile, x.KeyFile) })
@@ -123,7 +120,7 @@ func joinToken(conf *agent.Config, c *config.Agent) error {
 }
 
 func loadPair(certFile, keyFile string) ([][]byte, crypto.Signer, error) {
-	cert, err := readLimited(certFile, 64<<10)
+	cert, err := cli.ReadFile(certFile, 64<<10)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -141,23 +138,4 @@ func loadPair(certFile, keyFile string) ([][]byte, crypto.Signer, error) {
 		return nil, nil, fmt.Errorf("%w: the key in %s cannot sign", identity.ErrInvalid, keyFile)
 	}
 	return pair.Certificate, signer, nil
-}
-
-func readLimited(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		return nil, errors.Join(fmt.Errorf("%w: %s is not a regular file", identity.ErrInvalid, path), err)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", path, err)
-	}
-	if int64(len(data)) > limit {
-		return nil, fmt.Errorf("%w: %s is larger than %d bytes", identity.ErrInvalid, path, limit)
-	}
-	return data, nil
 }
