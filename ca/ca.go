@@ -194,23 +194,36 @@ func (c *CA) refreshX509(now time.Time, old *state) (*issuer, *memberCert, error
 	if is != nil && (is.authority != want.ID || !bytes.Equal(is.root.Raw, want.Cert)) {
 		is, member = nil, nil
 	}
-	kept, keptMember := is, member
+	var failed error
 	if is == nil || !now.Before(is.renewAt) {
-		fresh, err := c.makeIssuer(now, want)
-		if err != nil {
-			return is, member, fmt.Errorf("making this member's issuer under authority %s: %w", want.ID, err)
+		fresh, freshMember, err := c.makeX509(now, want)
+		if err == nil {
+			return fresh, freshMember, nil
 		}
-		c.cfg.Log.Info("issuer made", "authority", want.ID, "not_after", fresh.cert.NotAfter)
-		is = fresh
+		failed = err
 	}
-	if member == nil || member.issuer != is || !now.Before(member.renewAt) {
+	// The issuer stays, while it lasts, and so do the certificates under it.
+	if is != nil && !now.Before(member.renewAt) && now.Add(identity.MinTTL).Before(is.cert.NotAfter) {
 		fresh, err := c.makeMember(now, is)
 		if err != nil {
-			// An issuer that cannot make this one certificate is not to make others.
-			return kept, keptMember, fmt.Errorf("making this member's certificate: %w", err)
+			return is, member, errors.Join(failed, fmt.Errorf("renewing this member's certificate: %w", err))
 		}
 		member = fresh
 	}
+	return is, member, failed
+}
+
+// makeX509 makes an issuer and the member's certificate under it: one that cannot make this one is not to make others.
+func (c *CA) makeX509(now time.Time, a *identity.Authority) (*issuer, *memberCert, error) {
+	is, err := c.makeIssuer(now, a)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making this member's issuer under authority %s: %w", a.ID, err)
+	}
+	member, err := c.makeMember(now, is)
+	if err != nil {
+		return nil, nil, fmt.Errorf("making this member's certificate under authority %s: %w", a.ID, err)
+	}
+	c.cfg.Log.Info("issuer made", "authority", a.ID, "not_after", is.cert.NotAfter)
 	return is, member, nil
 }
 

@@ -31,7 +31,6 @@ type issuer struct {
 
 // memberCert is what this member shows in TLS.
 type memberCert struct {
-	issuer  *issuer
 	tls     *tls.Certificate
 	renewAt time.Time
 }
@@ -162,7 +161,6 @@ func (c *CA) makeMember(now time.Time, is *issuer) (*memberCert, error) {
 		return nil, errors.New("verifying what was signed: it is not what was prepared")
 	}
 	return &memberCert{
-		issuer:  is,
 		tls:     &tls.Certificate{Certificate: [][]byte{der, is.cert.Raw, is.root.Raw}, PrivateKey: key, Leaf: leaf},
 		renewAt: halfLife(now, leaf.NotAfter),
 	}, nil

@@ -77,11 +77,20 @@ func jwtAlgorithm(pub crypto.PublicKey) (jose.SignatureAlgorithm, error) {
 	return "", fmt.Errorf("%w: its key is neither P-256 (%s) nor RSA (%s)", identity.ErrInvalid, ES256, RS256)
 }
 
+// claims of a JWT-SVID (section 3), and no others. The audience is an array even when it has one value, so that
+// consumers see one form.
+type claims struct {
+	Subject  string   `json:"sub"`
+	Audience []string `json:"aud"`
+	IssuedAt int64    `json:"iat"` // seconds since 1970
+	Expiry   int64    `json:"exp"`
+}
+
 // PreparedJWT is a JWT-SVID that was checked and is not signed yet. It is good for one Issue.
 type PreparedJWT struct {
 	ca     *CA
 	signer *jwtSigner
-	claims jwt.Claims
+	claims claims
 	svid   identity.JWTSVID
 	used   atomic.Bool
 }
@@ -118,13 +127,8 @@ func (c *CA) PrepareJWT(id spiffeid.ID, audience []string, ttl time.Duration) (*
 	return &PreparedJWT{
 		ca:     c,
 		signer: signer,
-		claims: jwt.Claims{
-			Subject:  id.String(),
-			Audience: slices.Clone(audience),
-			IssuedAt: jwt.NewNumericDate(issued),
-			Expiry:   jwt.NewNumericDate(expires),
-		},
-		svid: identity.JWTSVID{ID: id, IssuedAt: issued, ExpiresAt: expires},
+		claims: claims{Subject: id.String(), Audience: slices.Clone(audience), IssuedAt: issued.Unix(), Expiry: expires.Unix()},
+		svid:   identity.JWTSVID{ID: id, IssuedAt: issued, ExpiresAt: expires},
 	}, nil
 }
 
