@@ -1,0 +1,250 @@
+package workloadapi
+
+import (
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"countersign.io/countersign/identity"
+)
+
+// Quota is how much may be held at one time.
+type Quota struct {
+	Connections int
+	Streams     int // calls under way, streams included
+}
+
+// Limits bound what callers can hold and cause. A caller is a pod, once its connection is attested, and before
+// that, and for other processes, a control group: the kernel's word for one container, service or session.
+// Every caller also counts against its user, so that a user who can make control groups without end gains
+// little by it, and no user, root included, may have all there is.
+//
+// Zero fields mean DefaultLimits.
+type Limits struct {
+	Caller, User, Total Quota
+	// CallsPerSecond of one caller, with bursts of as many; beyond it its connections are read more slowly.
+	// 1 KiB received counts like one call, and a connection opened like ten.
+	CallsPerSecond int
+}
+
+// DefaultLimits suits a node of some hundred pods. In the worst case one caller holds about 10 MiB.
+func DefaultLimits() Limits {
+	return Limits{
+		Caller:         Quota{Connections: 64, Streams: 256},
+		User:           Quota{Connections: 1024, Streams: 4096},
+		Total:          Quota{Connections: 2048, Streams: 8192},
+		CallsPerSecond: 4000,
+	}
+}
+
+// What one call is the measure of; see Limits.CallsPerSecond.
+const (
+	bytesPerCall = 1 << 10
+	callsPerConn = 10
+	filesPerConn = 3 // the socket and what an attestor.Peer holds
+)
+
+func (l Limits) withDefaults() (Limits, error) {
+	d := DefaultLimits()
+	for _, f := range []struct {
+		v   *int
+		def int
+	}{
+		{&l.Caller.Connections, d.Caller.Connections}, {&l.Caller.Streams, d.Caller.Streams},
+		{&l.User.Connections, d.User.Connections}, {&l.User.Streams, d.User.Streams},
+		{&l.Total.Connections, d.Total.Connections}, {&l.Total.Streams, d.Total.Streams},
+		{&l.CallsPerSecond, d.CallsPerSecond},
+	} {
+		if *f.v < 0 {
+			return l, fmt.Errorf("%w: a Workload API limit is %d: it must not be negative", identity.ErrInvalid, *f.v)
+		}
+		if *f.v == 0 {
+			*f.v = f.def
+		}
+	}
+	return l, nil
+}
+
+// kind is what is counted; it indexes share.held and is looked up in a Quota by its limit method.
+type kind int
+
+const (
+	connections kind = iota
+	streams
+	kinds
+)
+
+func (q Quota) limit(k kind) int { return [kinds]int{q.Connections, q.Streams}[k] }
+
+func (k kind) String() string { return [kinds]string{"connections", "streams"}[k] }
+
+// share is what one caller, one user, or everybody together holds. All fields but work are guarded by
+// admission.mu.
+type share struct {
+	key    string
+	held   [kinds]int
+	work   *rate.Limiter // of callers only
+	idleAt time.Time     // since when nothing is held
+}
+
+func (s *share) idle() bool { return s.held == [kinds]int{} }
+
+// holder is whom something is counted against: the caller, its user, everybody.
+type holder [3]*share
+
+// admission counts. It is the one place where callers meet, so nothing is done under its lock but counting.
+type admission struct {
+	limits Limits
+	log    *slog.Logger
+	told   rate.Sometimes // a flood must not become a flood of log lines
+
+	mu     sync.Mutex
+	total  share
+	shares map[string]*share // callers and users by key; see forget
+	sweep  int               // size of shares at which to forget idle ones
+	conns  map[*conn]struct{}
+}
+
+func newAdmission(l Limits, log *slog.Logger) *admission {
+	return &admission{limits: l, log: log, total: share{key: "all callers"}, told: rate.Sometimes{Interval: 10 * time.Second},
+		shares: map[string]*share{}, sweep: 1024, conns: map[*conn]struct{}{}}
+}
+
+// open admits a connection, or says why not.
+func (a *admission) open(c *conn, who caller) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	h := holder{a.share(who.key, true), a.share(fmt.Sprintf("user:%d", who.uid), false), &a.total}
+	if !h[0].work.AllowN(time.Now(), callsPerConn) {
+		return a.refuse(h[0], "connections per second")
+	}
+	if err := a.take(h, connections); err != nil {
+		return err
+	}
+	c.holder = h
+	a.conns[c] = struct{}{}
+	return nil
+}
+
+// close is the end of a connection that was admitted.
+func (a *admission) close(c *conn) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.conns, c)
+	a.give(c.holder, connections)
+}
+
+// rename says that the connection's caller is known better by now. What it holds already stays counted where
+// it was taken.
+func (a *admission) rename(c *conn, key string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, open := a.conns[c]; !open || c.holder[0].key == key {
+		return nil
+	}
+	to := a.share(key, true)
+	if to.held[connections] >= a.limits.Caller.Connections {
+		return a.refuse(to, connections.String())
+	}
+	to.held[connections]++
+	a.give(holder{c.holder[0]}, connections)
+	c.holder[0] = to
+	return nil
+}
+
+// hold takes one of the kind for the connection's caller. The holder returned is to be given to release.
+func (a *admission) hold(c *conn, k kind) (holder, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return c.holder, a.take(c.holder, k)
+}
+
+func (a *admission) release(h holder, k kind) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.give(h, k)
+}
+
+// work is the connection's caller's measure of work.
+func (a *admission) work(c *conn) *rate.Limiter {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return c.holder[0].work
+}
+
+func (a *admission) take(h holder, k kind) error {
+	for i, q := range [3]Quota{a.limits.Caller, a.limits.User, a.limits.Total} {
+		if h[i].held[k] >= q.limit(k) {
+			return a.refuse(h[i], k.String())
+		}
+	}
+	for _, s := range h {
+		s.held[k]++
+	}
+	return nil
+}
+
+func (a *admission) give(h holder, k kind) {
+	for _, s := range h {
+		if s == nil {
+			continue
+		}
+		if s.held[k]--; s.idle() {
+			s.idleAt = time.Now()
+		}
+	}
+}
+
+// refuse is how load is shed: Unavailable (Workload Endpoint section 6), so that clients come back.
+func (a *admission) refuse(s *share, what string) error {
+	a.told.Do(func() {
+		a.log.Warn("a caller of the Workload API is over its limit", "caller", s.key, "of", what)
+	})
+	return fmt.Errorf("%w: too many %s of %s at the Workload API: close some, or try again later", identity.ErrUnavailable, what, s.key)
+}
+
+// share finds or makes the share of a caller or user.
+func (a *admission) share(key string, caller bool) *share {
+	if s := a.shares[key]; s != nil {
+		return s
+	}
+	if len(a.shares) >= a.sweep {
+		a.forget()
+	}
+	s := &share{key: key, idleAt: time.Now()}
+	if caller {
+		s.work = rate.NewLimiter(rate.Limit(a.limits.CallsPerSecond), max(a.limits.CallsPerSecond, callsPerConn))
+	}
+	a.shares[key] = s
+	return s
+}
+
+// forget drops the shares of those who hold nothing, once their measure of work has filled up again: earlier,
+// hanging up would be a way around it. Doubling spreads its cost over the calls that made the shares.
+func (a *admission) forget() {
+	refilled := time.Now().Add(-time.Second)
+	for key, s := range a.shares {
+		if s.idle() && s.idleAt.Before(refilled) {
+			delete(a.shares, key)
+		}
+	}
+	a.sweep = max(1024, 2*len(a.shares))
+}
+
+// closeConns closes the connections that match.
+func (a *admission) closeConns(match func(*conn) bool) {
+	a.mu.Lock()
+	var out []*conn
+	for c := range a.conns {
+		out = append(out, c)
+	}
+	a.mu.Unlock()
+	for _, c := range out {
+		if match(c) {
+			c.Close()
+		}
+	}
+}
