@@ -1,0 +1,196 @@
+package raft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	hraft "github.com/hashicorp/raft"
+)
+
+// The first byte on a connection between members.
+const (
+	connRaft    = 'R' // hashicorp/raft's RPCs
+	connForward = 'F' // requests to the leader, see frame.go
+)
+
+const (
+	firstByteTimeout = 10 * time.Second
+	maxConns         = 256 // accepted and open at once; a member has about five to each other member
+)
+
+// mux accepts the members' connections, tells them apart, and is raft's stream layer. It knows every open
+// connection, so that closing it ends whatever waits on one.
+type mux struct {
+	n    *Node
+	raft chan net.Conn // accepted connections that speak raft
+	done chan struct{}
+
+	mu     sync.Mutex
+	conns  map[*trackedConn]struct{}
+	closed bool
+}
+
+var _ hraft.StreamLayer = (*mux)(nil)
+
+func newMux(n *Node) *mux {
+	return &mux{n: n, raft: make(chan net.Conn), done: make(chan struct{}), conns: map[*trackedConn]struct{}{}}
+}
+
+// accept runs until the listener is closed.
+func (m *mux) accept() {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	backoff := 5 * time.Millisecond
+	for {
+		conn, err := m.n.cfg.Listener.Accept()
+		if err != nil {
+			select {
+			case <-m.done:
+				return
+			default:
+			}
+			if errors.Is(err, net.ErrClosed) {
+				m.n.fail(fmt.Errorf("accepting members' connections: %w", err))
+				return
+			}
+			m.n.log.Warn("accepting a member's connection failed", "error", err)
+			select {
+			case <-m.done:
+				return
+			case <-time.After(backoff):
+			}
+			backoff = min(2*backoff, time.Second)
+			continue
+		}
+		backoff = 5 * time.Millisecond
+		tracked, err := m.track(conn, maxConns)
+		if err != nil {
+			m.n.log.Warn("refusing a member's connection", "remote", conn.RemoteAddr(), "error", err)
+			conn.Close()
+			continue
+		}
+		wg.Go(func() { m.dispatch(tracked) })
+	}
+}
+
+// dispatch reads the first byte and hands the connection on.
+func (m *mux) dispatch(conn *trackedConn) {
+	var first [1]byte
+	conn.SetReadDeadline(time.Now().Add(firstByteTimeout))
+	if _, err := conn.Read(first[:]); err != nil {
+		conn.Close()
+		return
+	}
+	conn.SetReadDeadline(time.Time{})
+	switch first[0] {
+	case connRaft:
+		select {
+		case m.raft <- conn:
+		case <-m.done:
+			conn.Close()
+		}
+	case connForward:
+		m.n.serve(conn)
+	default:
+		m.n.log.Warn("closing a connection that starts with an unknown byte; is the other member's program newer?",
+			"remote", conn.RemoteAddr(), "byte", first[0])
+		conn.Close()
+	}
+}
+
+// dial connects to another member and says what the connection is for.
+func (m *mux) dial(ctx context.Context, address string, kind byte) (net.Conn, error) {
+	conn, err := m.n.cfg.Dial(ctx, address)
+	if err != nil {
+		return nil, fmt.Errorf("dialing member at %s: %w", address, err)
+	}
+	conn.SetWriteDeadline(time.Now().Add(m.n.cfg.RPCTimeout))
+	if _, err := conn.Write([]byte{kind}); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("dialing member at %s: %w", address, err)
+	}
+	conn.SetWriteDeadline(time.Time{})
+	tracked, err := m.track(conn, 0)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return tracked, nil
+}
+
+// Accept implements net.Listener for raft.
+func (m *mux) Accept() (net.Conn, error) {
+	select {
+	case conn := <-m.raft:
+		return conn, nil
+	case <-m.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Dial implements hraft.StreamLayer.
+func (m *mux) Dial(address hraft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	// A member that swallows packets must not keep heartbeats to it waiting once it is back.
+	ctx, cancel := context.WithTimeout(m.n.ctx, min(timeout, max(time.Second, 2*m.n.cfg.HeartbeatTimeout)))
+	defer cancel()
+	return m.dial(ctx, string(address), connRaft)
+}
+
+// Addr implements net.Listener: the address that the other members know.
+func (m *mux) Addr() net.Addr { return advertised(m.n.cfg.Address) }
+
+type advertised string
+
+func (advertised) Network() string  { return "tcp" }
+func (a advertised) String() string { return string(a) }
+
+// Close closes the listener and every connection.
+func (m *mux) Close() error {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil
+	}
+	m.closed = true
+	conns := m.conns
+	m.conns = nil
+	m.mu.Unlock()
+	close(m.done)
+	err := m.n.cfg.Listener.Close()
+	for c := range conns {
+		c.Conn.Close()
+	}
+	return err
+}
+
+// track registers a connection; limit 0 is none.
+func (m *mux) track(conn net.Conn, limit int) (*trackedConn, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, net.ErrClosed
+	}
+	if limit > 0 && len(m.conns) >= limit {
+		return nil, fmt.Errorf("%d connections are open", len(m.conns))
+	}
+	t := &trackedConn{Conn: conn, m: m}
+	m.conns[t] = struct{}{}
+	return t, nil
+}
+
+type trackedConn struct {
+	net.Conn
+	m *mux
+}
+
+// Close closes the connection and forgets it.
+func (t *trackedConn) Close() error {
+	t.m.mu.Lock()
+	delete(t.m.conns, t)
+	t.m.mu.Unlock()
+	return t.Conn.Close()
+}

@@ -1,0 +1,110 @@
+package raft
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+)
+
+const (
+	maxServed   = 1024             // requests under way on one connection
+	serveIdle   = time.Minute      // without even a ping
+	serveWithin = 30 * time.Second // after which a request's asker is told that the outcome is unknown
+)
+
+// served is the other end of a link.
+type served struct {
+	n    *Node
+	conn net.Conn
+
+	write sync.Mutex
+}
+
+// serve answers the requests of another member until the connection ends.
+func (n *Node) serve(conn net.Conn) {
+	s := &served{n: n, conn: conn}
+	ctx, cancel := context.WithCancel(n.ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	defer conn.Close()
+	slots := make(chan struct{}, maxServed)
+	r := bufio.NewReader(conn)
+	for {
+		conn.SetReadDeadline(time.Now().Add(serveIdle))
+		f, err := readFrame(r)
+		if err != nil {
+			if errors.Is(err, errFrame) || errors.Is(err, io.ErrUnexpectedEOF) {
+				n.log.Warn("closing a member's connection: its request makes no sense", "remote", conn.RemoteAddr(), "error", err)
+			}
+			return
+		}
+		switch f.kind {
+		case kindPing:
+			err = s.reply(frame{kind: kindPong, id: f.id})
+		case kindStatus:
+			err = s.reply(frame{kind: kindOK, id: f.id, payload: answer{index: n.fsm.appliedIndex()}.payload()})
+		case kindPropose, kindBarrier, kindAdd, kindRemove:
+			select {
+			case slots <- struct{}{}:
+				wg.Go(func() {
+					defer func() { <-slots }()
+					s.handle(ctx, f)
+				})
+			default:
+				// Never block here: pings behind this request would go unanswered.
+				err = s.reply(frame{kindNotExecuted, f.id, []byte("too many requests are under way")})
+			}
+		default:
+			n.log.Warn("closing a member's connection: an answer where a request was due", "remote", conn.RemoteAddr(), "kind", byte(f.kind))
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// handle carries out one request. It is not passed on again: a member that no longer leads says so.
+func (s *served) handle(ctx context.Context, f frame) {
+	ctx, cancel := context.WithTimeout(ctx, serveWithin)
+	defer cancel()
+	var a answer
+	err := fmt.Errorf("%w: this member is closing", errNotExecuted)
+	if !s.n.closing.Load() {
+		a, err = s.n.carryOut(ctx, request{f.kind, f.payload})
+	}
+	out := frame{id: f.id}
+	switch {
+	case err == nil && len(a.result) > MaxCommand:
+		out.kind, out.payload = kindUnknown, fmt.Appendf(nil, "it was carried out as entry %d; its result of %d bytes is too large to send", a.index, len(a.result))
+	case err == nil:
+		out.kind, out.payload = kindOK, a.payload()
+	case errors.Is(err, errNotExecuted):
+		out.kind, out.payload = kindNotExecuted, []byte(err.Error())
+	case errors.Is(err, ErrRefused):
+		out.kind, out.payload = kindRefused, []byte(err.Error())
+	default:
+		out.kind, out.payload = kindUnknown, []byte(err.Error())
+	}
+	if err := s.reply(out); err != nil {
+		s.conn.Close() // the asker must not wait for an answer that will not come
+	}
+}
+
+func (s *served) reply(f frame) error {
+	b, err := appendFrame(make([]byte, 0, frameHeader+len(f.payload)), f)
+	if err != nil {
+		return err
+	}
+	s.write.Lock()
+	defer s.write.Unlock()
+	s.conn.SetWriteDeadline(time.Now().Add(s.n.cfg.RPCTimeout))
+	_, err = s.conn.Write(b)
+	return err
+}
