@@ -148,7 +148,7 @@ func (m *member) open(ctx context.Context) error {
 	if err := m.lastAuthorities(); err != nil {
 		return err
 	}
-	if m.pods, err = kube.New(kube.Config{Log: m.log}); err != nil {
+	if m.pods, err = kube.New(kube.Config{Log: m.log, Now: time.Now}); err != nil {
 		return err
 	}
 	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle}
