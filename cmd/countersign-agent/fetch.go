@@ -41,7 +41,7 @@ func x509Rows(svids []*x509svid.SVID) []x509Row {
 	rows := make([]x509Row, len(svids))
 	for i, s := range svids {
 		leaf := s.Certificates[0]
-		rows[i] = x509Row{SPIFFEID: s.ID.String(), Hint: s.Hint, Serial: fmt.Sprintf("%x", leaf.SerialNumber), NotAfter: leaf.NotAfter.UTC(), DNSNames: leaf.DNSNames}
+		rows[i] = x509Row{SPIFFEID: s.ID.String(), Hint: s.Hint, Serial: fmt.Sprintf("%032x", leaf.SerialNumber), NotAfter: leaf.NotAfter.UTC(), DNSNames: leaf.DNSNames}
 	}
 	return rows
 }

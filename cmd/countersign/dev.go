@@ -45,7 +45,7 @@ process of yours an identity. For development: one member is no cluster, and you
 	f.StringVar(&d.listen, "listen", "127.0.0.1:18443", "TLS port of the member")
 	f.StringVar(&d.health, "health", "127.0.0.1:18080", "/live and /ready of the member")
 	f.StringVar(&d.agentHealth, "agent-health", "127.0.0.1:18081", "/live and /ready of the agent")
-	f.StringVar(&d.level, "log", "warn", "debug, info, warn or error")
+	f.StringVar(&d.level, "log", "error", "debug, info, warn or error")
 	return cmd
 }
 
@@ -144,7 +144,7 @@ func (d *dev) prepare(ctx context.Context, socket, tokenFile string) error {
 		}
 	}
 	_, err = c.CreateEntry(ctx, &adminv1.Entry{
-		Id: "dev", SpiffeId: "spiffe://" + d.trustDomain + "/user/" + name,
+		SpiffeId: "spiffe://" + d.trustDomain + "/user/" + name,
 		Selectors: []string{"unix:uid:" + strconv.Itoa(os.Getuid()), "agent:kind:join_token"},
 	})
 	if err = api.FromStatus(err); err != nil && !errors.Is(err, identity.ErrExists) {

@@ -87,7 +87,6 @@ func entryCreate(a *admin) *cobra.Command {
 		},
 	}
 	f.add(cmd)
-	cmd.Flags().StringVar(&f.e.Id, "entry-id", "", "a name of your own for the entry (default a random one)")
 	return cmd
 }
 

@@ -93,7 +93,7 @@ func (p *program) run(ctx context.Context) error {
 func (p *program) watch(ctx context.Context, source *workloadapi.X509Source) {
 	for {
 		if svid, err := source.GetX509SVID(); err == nil {
-			p.emit(Event{Event: "svid", ID: svid.ID.String(), Serial: fmt.Sprintf("%x", svid.Certificates[0].SerialNumber)})
+			p.emit(Event{Event: "svid", ID: svid.ID.String(), Serial: fmt.Sprintf("%032x", svid.Certificates[0].SerialNumber)})
 		}
 		select {
 		case <-ctx.Done():
