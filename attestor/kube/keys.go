@@ -223,13 +223,13 @@ func parseJWKS(b []byte) (keySet, error) {
 	keys := make(keySet)
 	for i, r := range raw.Keys {
 		var k jose.JSONWebKey
-		if k.UnmarshalJSON(r) != nil || !k.Valid() {
+		if k.UnmarshalJSON(r) != nil {
 			continue
 		}
-		if !k.IsPublic() {
+		if _, symmetric := k.Key.([]byte); symmetric || k.Valid() && !k.IsPublic() {
 			return nil, fmt.Errorf("key %d of the JWKS is private or symmetric: publish public keys only, and replace that one", i+1)
 		}
-		if k.KeyID == "" || k.Use != "" && k.Use != "sig" || !usable(k.Key) {
+		if !k.Valid() || k.KeyID == "" || k.Use != "" && k.Use != "sig" || !usable(k.Key) {
 			continue
 		}
 		keys[k.KeyID] = append(keys[k.KeyID], k)
