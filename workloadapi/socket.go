@@ -57,7 +57,8 @@ func (s *socket) Close() error { return s.close() }
 
 func (s *socket) remove() error {
 	now, err := os.Lstat(s.path)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && (s.file == nil || !os.SameFile(now, s.file)) {
+	// The time too, because the inode number of a file removed is free for the next one.
+	if errors.Is(err, fs.ErrNotExist) || err == nil && (s.file == nil || !os.SameFile(now, s.file) || !now.ModTime().Equal(s.file.ModTime())) {
 		return nil
 	}
 	if err != nil {

@@ -95,7 +95,7 @@ func validate(token, audience string, now time.Time, keys func(spiffeid.TrustDom
 	var claims jwt.Claims
 	all := map[string]any{}
 	if err := tok.Claims(key, &claims, &all); err != nil {
-		return none, nil, fmt.Errorf("verifying its signature: %v", err)
+		return none, nil, fmt.Errorf("verifying it: %v", err)
 	}
 	switch {
 	case !slices.Contains(claims.Audience, audience): // section 3.2
