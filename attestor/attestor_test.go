@@ -340,6 +340,8 @@ func TestAttestManyAtOnce(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	a.gate.mu.Lock()
+	defer a.gate.mu.Unlock()
 	if len(a.gate.busy) > 1 { // the last one may still be on its way out
 		t.Errorf("%d left in the gate", len(a.gate.busy))
 	}

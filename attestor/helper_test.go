@@ -20,8 +20,9 @@ import (
 // The test binary plays the callers: started again with these variables set, it connects and then obeys
 // the lines of its standard input. Each line is answered by one line.
 const (
-	helperSocket = "ATTESTOR_TEST_SOCKET" // connect here first
-	helperFD     = "ATTESTOR_TEST_FD"     // executed with the connection already at this descriptor
+	helperSocket = "ATTESTOR_TEST_SOCKET"     // connect here first
+	helperFD     = "ATTESTOR_TEST_FD"         // executed with the connection already at this descriptor
+	helperRace   = "GORACE=atexit_sleep_ms=0" // the race detector's second at every exit adds up
 )
 
 func TestMain(m *testing.M) {
@@ -68,9 +69,9 @@ func helper() error {
 				err = unix.Mount(f[1], f[2], "", unix.MS_BIND, "")
 			}
 		case "exec": // the connection stays open; whoever is executed answers
-			env := []string{fmt.Sprintf("%s=%d", helperFD, fd)}
+			env := []string{helperRace, fmt.Sprintf("%s=%d", helperFD, fd)}
 			if fd < 0 {
-				env = []string{helperSocket + "=later"}
+				env = []string{helperRace, helperSocket + "=later"}
 			}
 			err = syscall.Exec(f[1], f[1:2], env)
 		case "exit":
@@ -118,11 +119,11 @@ func startCaller(t *testing.T, o callerOptions) *caller {
 	}
 	c.out = bufio.NewReader(stdout)
 	accept := func() {}
-	c.cmd.Env = []string{helperSocket + "=later"}
+	c.cmd.Env = []string{helperRace, helperSocket + "=later"}
 	if !o.later {
 		var path string
 		path, accept = c.listen()
-		c.cmd.Env = []string{helperSocket + "=" + path}
+		c.cmd.Env = []string{helperRace, helperSocket + "=" + path}
 	}
 	if err := c.cmd.Start(); err != nil {
 		if o.namespaces {

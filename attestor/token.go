@@ -81,8 +81,8 @@ func readRegular(handle, limit int) ([]byte, error) {
 		}
 		n += m
 	}
-	if err := unix.Fstat(fd, &after); err != nil || int64(n) != before.Size || after.Size != before.Size ||
-		after.Mtim != before.Mtim || after.Ctim != before.Ctim {
+	// Not the change time, which is set as well when the kubelet puts another file in this one's place.
+	if err := unix.Fstat(fd, &after); err != nil || int64(n) != before.Size || after.Size != before.Size || after.Mtim != before.Mtim {
 		clear(buf)
 		return nil, fmt.Errorf("%w: it changed while it was read: try again", identity.ErrUnavailable)
 	}
