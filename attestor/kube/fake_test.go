@@ -11,6 +11,8 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"log"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -187,8 +189,9 @@ func newFakeAPI(t *testing.T) *fakeAPI {
 	mux.HandleFunc("POST /apis/authentication.k8s.io/v1/tokenreviews", f.serveReview)
 	mux.HandleFunc("GET /api/v1/pods", f.servePods)
 	mux.HandleFunc("GET /api/v1/namespaces/{ns}/pods/{name}", f.serveGet)
-	f.Server = httptest.NewTLSServer(mux)
-	f.Config.ErrorLog = nil
+	f.Server = httptest.NewUnstartedServer(mux)
+	f.Config.ErrorLog = log.New(io.Discard, "", 0)
+	f.StartTLS()
 	t.Cleanup(func() { f.dropWatches(); f.CloseClientConnections(); f.Close() })
 	return f
 }

@@ -181,6 +181,9 @@ func (s *keySource) fetch(ctx context.Context) (keySet, error) {
 		return nil, fmt.Errorf("%s answers %d, not 200", from, resp.StatusCode)
 	}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxJWKSBytes+1))
+	if err == nil {
+		err = ctx.Err() // a server that sees us leave may end its answer in good order, and short
+	}
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", from, err)
 	}

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -27,13 +29,15 @@ type keyServer struct {
 func newKeyServer(t *testing.T) *keyServer {
 	t.Helper()
 	k := &keyServer{}
-	k.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	k.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		k.fetches.Add(1)
 		k.mu.Lock()
 		h := k.h
 		k.mu.Unlock()
 		h(w, r)
 	}))
+	k.Config.ErrorLog = log.New(io.Discard, "", 0)
+	k.StartTLS()
 	t.Cleanup(func() { k.CloseClientConnections(); k.Close() })
 	return k
 }
