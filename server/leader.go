@@ -32,11 +32,29 @@ func (s *Server) RunLeader(ctx context.Context) error {
 		}
 	}
 	for {
+		s.registerMembers(ctx)
 		if err := s.cfg.Writes.Sweep(ctx, s.cfg.Now()); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn("cannot sweep what has expired: trying again", "error", err)
 		}
 		if !sleep(ctx, sweepEvery) {
 			return nil
+		}
+	}
+}
+
+// registerMembers tells the agents where the members are: the first one, which nobody admitted, and one whose
+// admission broke off in the middle.
+func (s *Server) registerMembers(ctx context.Context) {
+	known := map[string]string{}
+	for _, m := range s.cfg.State.Members() {
+		known[m.ID] = m.Address
+	}
+	for _, m := range s.cfg.Cluster.Members() {
+		if known[m.ID] == m.Address {
+			continue
+		}
+		if err := s.cfg.Writes.PutMember(ctx, identity.Member{ID: m.ID, Address: m.Address}); err != nil && ctx.Err() == nil {
+			s.cfg.Log.Warn("cannot register a member: trying again", "member", m.ID, "error", err)
 		}
 	}
 }

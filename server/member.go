@@ -5,16 +5,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
-	"time"
 
 	memberv1 "countersign.io/countersign/api/member/v1"
 	"countersign.io/countersign/attestor/node"
 	"countersign.io/countersign/identity"
 )
-
-// admitTime is how long a new member has to answer after it was told everything. A member that joins again gets
-// another admitTime.
-const admitTime = 2 * time.Minute
 
 // memberService admits members.
 type memberService struct {
@@ -25,9 +20,6 @@ type memberService struct {
 // Join spends a server token and answers with all that a member needs to take part: the keyring, which opens the
 // sealed authorities, and those. The caller is nobody but the one who has the secret: the token is as good as the
 // trust domain, until it is used or expires.
-//
-// The cluster counts the new member only after it has its answer: it cannot answer the leader without it, and a
-// cluster of one that waits for a second one's vote would never get there.
 func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*memberv1.JoinResponse, error) {
 	if err := s.Ready(); err != nil {
 		return nil, err
@@ -53,9 +45,11 @@ func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*me
 			return nil, fmt.Errorf("admitting member %q: %w: there is one at %s: choose another name; the token is spent", req.Id, identity.ErrExists, m.Address)
 		}
 	}
-	newcomer := identity.Member{ID: req.Id, Address: req.Address}
-	if err := s.cfg.Writes.PutMember(ctx, newcomer); err != nil {
-		return nil, fmt.Errorf("recording member %q: %w; the token is spent", req.Id, err)
+	if err := s.cfg.Cluster.AddMember(ctx, req.Id, req.Address); err != nil {
+		return nil, fmt.Errorf("admitting member %q: %w: %v; the token is spent: make another one", req.Id, identity.ErrUnavailable, err)
+	}
+	if err := s.cfg.Writes.PutMember(ctx, identity.Member{ID: req.Id, Address: req.Address}); err != nil {
+		s.cfg.Log.Warn("cannot tell the agents of a new member yet: the leader will", "member", req.Id, "error", err)
 	}
 	authorities, err := json.Marshal(s.cfg.State.Authorities())
 	if err != nil {
@@ -69,32 +63,8 @@ func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*me
 	for _, m := range s.cfg.State.Members() {
 		resp.Members = append(resp.Members, &memberv1.Peer{Id: m.ID, Address: m.Address})
 	}
-	select {
-	case s.newcomers <- newcomer:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
 	s.cfg.Log.Info("member joins", "member", req.Id, "address", req.Address, "version", req.Version)
 	return resp, nil
-}
-
-// admit makes the cluster count those who were told everything.
-func (s *Server) admit(ctx context.Context) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case m := <-s.newcomers:
-			addCtx, cancel := context.WithTimeout(ctx, admitTime)
-			err := s.cfg.Cluster.AddMember(addCtx, m.ID, m.Address)
-			cancel()
-			if err != nil {
-				s.cfg.Log.Error("a new member could not be added: let it join again, with a new token", "member", m.ID, "address", m.Address, "error", err)
-				continue
-			}
-			s.cfg.Log.Info("member added", "member", m.ID, "address", m.Address)
-		}
-	}
 }
 
 func checkAddress(a string) error {

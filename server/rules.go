@@ -77,8 +77,8 @@ func callOf(ctx context.Context) call {
 
 // authorize decides whether the call may go on: the table, then for an agent its record, then for everybody else
 // the limits of strangers.
-func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
-	c := call{caller: callerOf(ctx)}
+func (s *Server) authorize(ctx context.Context, who caller, method string) (context.Context, error) {
+	c := call{caller: who}
 	rule := ruleFor(method)
 	switch {
 	case c.kind&rule != 0:
@@ -132,24 +132,26 @@ func (s *Server) liveAgent(c caller) (*identity.Agent, error) {
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	ctx, err := s.authorize(ctx, info.FullMethod)
+	who := callerOf(ctx)
+	ctx, err := s.authorize(ctx, who, info.FullMethod)
 	if err != nil {
-		return nil, s.report(callerOf(ctx), info.FullMethod, err)
+		return nil, s.report(who, info.FullMethod, err)
 	}
 	resp, err := next(ctx, req)
 	if err != nil {
-		return nil, s.report(callOf(ctx).caller, info.FullMethod, err)
+		return nil, s.report(who, info.FullMethod, err)
 	}
 	return resp, nil
 }
 
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	ctx, err := s.authorize(ss.Context(), info.FullMethod)
+	who := callerOf(ss.Context())
+	ctx, err := s.authorize(ss.Context(), who, info.FullMethod)
 	if err != nil {
-		return s.report(callerOf(ss.Context()), info.FullMethod, err)
+		return s.report(who, info.FullMethod, err)
 	}
 	if err := next(srv, &callStream{ss, ctx}); err != nil {
-		return s.report(callOf(ctx).caller, info.FullMethod, err)
+		return s.report(who, info.FullMethod, err)
 	}
 	return nil
 }

@@ -79,14 +79,13 @@ type Config struct {
 
 // Server is one member's services.
 type Server struct {
-	cfg       Config
-	limits    *limits
-	hub       *hub
-	health    *health.Server
-	newcomers chan identity.Member
-	agents    *grpc.Server
-	guests    *grpc.Server
-	admin     *grpc.Server
+	cfg    Config
+	limits *limits
+	hub    *hub
+	health *health.Server
+	agents *grpc.Server
+	guests *grpc.Server
+	admin  *grpc.Server
 }
 
 // New checks the configuration and starts nothing.
@@ -111,7 +110,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
-	s := &Server{cfg: cfg, limits: limits, health: health.NewServer(), newcomers: make(chan identity.Member, 8)}
+	s := &Server{cfg: cfg, limits: limits, health: health.NewServer()}
 	s.hub = newHub(s.matching, cfg.Now)
 	s.agents = s.newGRPC(handshaken{}, maxAgentMessage, 256, keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})
 	// Whoever proved nothing gets little memory and little time.
@@ -178,14 +177,14 @@ func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int,
 	)
 }
 
-// Run serves until ctx ends or a part fails, then lets calls end. It runs Pods too, whose news it takes; the CA and the
-// Listener have a Run of their own.
+// Run serves until ctx ends or a part fails, then lets calls end. It runs Pods and CA too, which nobody else
+// may; the Listener has a Run of its own.
 func (s *Server) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return ended(ctx, s.cfg.State.Watch(ctx, s.changed)) })
 	g.Go(func() error { return ended(ctx, s.cfg.Pods.Run(ctx, s.hub.podGone)) })
+	g.Go(func() error { return ended(ctx, s.cfg.CA.Run(ctx)) })
 	g.Go(func() error { return s.watchReady(ctx) })
-	g.Go(func() error { return s.admit(ctx) })
 	for _, x := range []struct {
 		srv *grpc.Server
 		on  net.Listener

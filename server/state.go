@@ -114,7 +114,7 @@ type Cluster struct {
 	Staleness func() time.Duration
 	// Members are the current members and what each is.
 	Members func() []MemberStatus
-	// AddMember admits a member. It may wait until the new member answers.
+	// AddMember admits a member. It must not wait for the new member: that one knows nothing before it has the answer.
 	AddMember func(ctx context.Context, id, address string) error
 }
 
