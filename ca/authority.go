@@ -192,7 +192,7 @@ func createCA(req *casapi.CreateCertificateAuthorityRequest) (*casapi.CreateCert
 	return cas.CreateCertificateAuthority(req)
 }
 
-// root is an x509 authority's certificate, checked to be what the record says it is.
+// parseRoot is an x509 authority's certificate, checked to be what the record says it is.
 func parseRoot(td spiffeid.TrustDomain, a *identity.Authority) (*x509.Certificate, error) {
 	cert, err := x509.ParseCertificate(a.Cert)
 	if err != nil {

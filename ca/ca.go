@@ -124,7 +124,7 @@ func setDefault(d *time.Duration, v time.Duration) {
 }
 
 // SetAuthorities tells the CA which authorities there are, as replicated: at the most one of each kind is active,
-// and only that one signs from now on. open yields the signer of one of them; it is called for the active ones
+// and only that one signs from now on. (Two are a fault that the error tells; the first signs.) open yields the signer of one of them; it is called for the active ones
 // only, now and each time that an issuer is renewed, and what it returns for x509 is dropped after one signature.
 //
 // The swap is atomic: a call of Issue signs under the old authority or the new one. An error says what cannot sign

@@ -237,7 +237,6 @@ func TestSetAuthoritiesRefuses(t *testing.T) {
 		"another ID":                   edit(r.x, func(a *identity.Authority) { a.ID = "00" }),
 		"another trust domain":         {elsewhere},
 		"another authority's key":      {mixed},
-		"two active":                   {r.x, future},
 		"ended":                        {late},
 		"JWT without ID":               edit(r.j, func(a *identity.Authority) { a.ID = "" }),
 		"JWT without key":              edit(r.j, func(a *identity.Authority) { a.PublicKey = nil }),
@@ -253,9 +252,21 @@ func TestSetAuthoritiesRefuses(t *testing.T) {
 			if err := r.set(as...); err == nil {
 				t.Error("accepted")
 			}
-			wantErr(t, r.Ready(), identity.ErrUnavailable)
+			if as[0].Kind == identity.AuthorityX509 {
+				_, err = r.PrepareX509(r.request(t))
+			} else {
+				_, err = r.PrepareJWT(workload(), []string{"db"}, 0)
+			}
+			wantErr(t, err, identity.ErrUnavailable)
 		})
 	}
+	t.Run("two active", func(t *testing.T) {
+		wantErr(t, r.set(r.x, r.newX509(t, time.Hour), r.j), identity.ErrInvalid)
+		r.mustIssue(t, r.request(t))
+		if !bytes.Equal(r.IssuerChain()[1], r.x.Cert) {
+			t.Error("the first does not sign")
+		}
+	})
 	t.Run("a clock before the authority", func(t *testing.T) {
 		r.clock.add(-24 * time.Hour)
 		if err := r.set(future); !errors.Is(err, identity.ErrUnavailable) || !strings.Contains(err.Error(), "clock") {

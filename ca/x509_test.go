@@ -2,6 +2,7 @@ package ca
 
 import (
 	"crypto"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -159,6 +160,38 @@ func TestIssuerNeverOutlivesItsRoot(t *testing.T) {
 	iss.TTL = identity.MaxX509TTL
 	if svid, _ := r.mustIssue(t, iss); svid.NotAfter.After(short.NotAfter) {
 		t.Errorf("leaf until %v, root until %v", svid.NotAfter, short.NotAfter)
+	}
+}
+
+func TestCheckUnderRefuses(t *testing.T) {
+	r := newRig(t)
+	issuer := parse(t, r.IssuerChain()[0])
+	_, good := r.mustIssue(t, r.request(t))
+	if err := checkUnder(good, issuer); err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*x509.Certificate){
+		"another issuer's name": func(c *x509.Certificate) { c.RawIssuer = []byte{0x30, 0} },
+		"another issuer's key":  func(c *x509.Certificate) { c.AuthorityKeyId = []byte{1} },
+		"starts before":         func(c *x509.Certificate) { c.NotBefore = issuer.NotBefore.Add(-time.Second) },
+		"ends after":            func(c *x509.Certificate) { c.NotAfter = issuer.NotAfter.Add(time.Second) },
+		"its issuer's key":      func(c *x509.Certificate) { c.SubjectKeyId = issuer.SubjectKeyId },
+	} {
+		c := *good
+		change(&c)
+		if checkUnder(&c, issuer) == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// A signer that signs wrongly is noticed when the issuer is made, before anything is issued.
+func TestBrokenIssuerIsNotUsed(t *testing.T) {
+	r := newRig(t)
+	broken := *r.state.Load().issuer
+	broken.key = newP256(t)
+	if _, err := r.makeMember(r.clock.now(), &broken); err == nil {
+		t.Error("a certificate that does not verify was made the member's")
 	}
 }
 
