@@ -48,10 +48,12 @@ type apiServer struct {
 	cluster, kubeconfig string
 	pods                *podSet
 
-	mu    sync.Mutex
-	made  *apiClient
-	fault error     // why there is no client
-	tried time.Time // when that was tried
+	mu          sync.Mutex
+	made        *apiClient
+	file        os.FileInfo // of the kubeconfig that made was made from
+	fault       error       // why there is no client
+	tried       time.Time   // when that was tried
+	reviewFault error       // of the last TokenReview
 }
 
 // apiClient is immutable.
@@ -66,11 +68,16 @@ func newAPIServer(cfg Config, cluster, kubeconfig string) *apiServer {
 	return &apiServer{cfg: cfg, cluster: cluster, kubeconfig: kubeconfig, pods: newPodSet(cfg.MaxTombstones)}
 }
 
-// client makes the client if there is none; a faulty kubeconfig is read again no sooner than RetryInterval later.
+// client makes the client if there is none, or anew if the kubeconfig was replaced; a faulty one is read again no sooner
+// than RetryInterval later. (Files that a kubeconfig points to are watched by client-go itself.)
 func (a *apiServer) client() (*apiClient, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.made != nil {
+	var file os.FileInfo
+	if a.kubeconfig != inCluster {
+		file, _ = os.Stat(a.kubeconfig) // a file that is gone does not undo what was read from it
+	}
+	if a.made != nil && (file == nil || os.SameFile(file, a.file) && file.Size() == a.file.Size() && file.ModTime().Equal(a.file.ModTime())) {
 		return a.made, nil
 	}
 	now := a.cfg.Now()
@@ -80,30 +87,29 @@ func (a *apiServer) client() (*apiClient, error) {
 	a.tried = now
 	c, err := newAPIClient(a.kubeconfig)
 	if err != nil {
-		a.fault = fmt.Errorf("%w: kube cluster %q: %v", identity.ErrUnavailable, a.cluster, err)
+		a.made, a.fault = nil, fmt.Errorf("%w: kube cluster %q: %v", identity.ErrUnavailable, a.cluster, err)
 		return nil, a.fault
 	}
-	a.made, a.fault = c, nil
+	a.made, a.file, a.fault = c, file, nil
 	return c, nil
-}
-
-// forget drops a client whose credentials were refused: the kubeconfig may have new ones.
-func (a *apiServer) forget(c *apiClient, why error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.made == c {
-		a.made, a.fault, a.tried = nil, why, a.cfg.Now()
-	}
 }
 
 func (a *apiServer) status() (watching bool, pods int, fault error) {
 	watching, pods, fault = a.pods.status()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.fault != nil {
-		fault = a.fault
+	for _, f := range []error{a.reviewFault, a.fault} {
+		if f != nil {
+			fault = f
+		}
 	}
 	return watching, pods, fault
+}
+
+func (a *apiServer) setReviewFault(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.reviewFault = err
 }
 
 func newAPIClient(kubeconfig string) (*apiClient, error) {
@@ -243,8 +249,13 @@ func (c *cluster) review(ctx context.Context, t *token) error {
 	ask := &authv1.TokenReview{Spec: authv1.TokenReviewSpec{Token: t.raw, Audiences: []string{c.Audience}}}
 	var answer authv1.TokenReview
 	if err := client.review.Post().Resource("tokenreviews").Body(ask).Do(rctx).Into(&answer); err != nil {
-		return c.api.failure(client, "asking for a TokenReview", "create on tokenreviews.authentication.k8s.io (ClusterRole system:auth-delegator)", err, t.raw)
+		err = c.api.failure(client, "asking for a TokenReview", "create on tokenreviews.authentication.k8s.io (ClusterRole system:auth-delegator)", err, t.raw)
+		if ctx.Err() == nil { // else it says nothing about the API server
+			c.api.setReviewFault(err)
+		}
+		return err
 	}
+	c.api.setReviewFault(nil)
 	return c.checkReview(t, &answer.Status)
 }
 
@@ -313,9 +324,6 @@ func (a *apiServer) failure(c *apiClient, doing, right string, err error, secret
 		if errors.Is(err, is) {
 			out = fmt.Errorf("%w (%w)", out, is)
 		}
-	}
-	if apierrors.IsUnauthorized(err) {
-		a.forget(c, out)
 	}
 	return out
 }

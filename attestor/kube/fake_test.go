@@ -62,7 +62,7 @@ type issuer struct {
 	now func() time.Time
 }
 
-func newIssuer(t *testing.T, kid string, now func() time.Time) *issuer {
+func newIssuer(t testing.TB, kid string, now func() time.Time) *issuer {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -71,7 +71,7 @@ func newIssuer(t *testing.T, kid string, now func() time.Time) *issuer {
 	return &issuer{kid: kid, key: key, alg: jose.ES256, now: now}
 }
 
-func newRSAIssuer(t *testing.T, kid string, now func() time.Time) *issuer {
+func newRSAIssuer(t testing.TB, kid string, now func() time.Time) *issuer {
 	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -80,7 +80,7 @@ func newRSAIssuer(t *testing.T, kid string, now func() time.Time) *issuer {
 	return &issuer{kid: kid, key: key, alg: jose.RS256, now: now}
 }
 
-func jwksOf(t *testing.T, issuers ...*issuer) []byte {
+func jwksOf(t testing.TB, issuers ...*issuer) []byte {
 	t.Helper()
 	var set jose.JSONWebKeySet
 	for _, i := range issuers {
@@ -110,7 +110,7 @@ func (i *issuer) claims() map[string]any {
 
 func kubeClaim(c map[string]any) map[string]any { return c["kubernetes.io"].(map[string]any) }
 
-func sign(t *testing.T, alg jose.SignatureAlgorithm, kid string, key any, claims any) []byte {
+func sign(t testing.TB, alg jose.SignatureAlgorithm, kid string, key any, claims any) []byte {
 	t.Helper()
 	opts := (&jose.SignerOptions{})
 	if kid != "" {
@@ -136,7 +136,7 @@ func sign(t *testing.T, alg jose.SignatureAlgorithm, kid string, key any, claims
 }
 
 // token is a good token, changed by the edits before it is signed.
-func (i *issuer) token(t *testing.T, edits ...func(map[string]any)) []byte {
+func (i *issuer) token(t testing.TB, edits ...func(map[string]any)) []byte {
 	t.Helper()
 	c := i.claims()
 	for _, e := range edits {
@@ -172,7 +172,7 @@ type fakeAPI struct {
 	streams  map[chan podEvent]bool
 }
 
-func newFakeAPI(t *testing.T) *fakeAPI {
+func newFakeAPI(t testing.TB) *fakeAPI {
 	t.Helper()
 	f := &fakeAPI{
 		token: "member-credential", watching: make(chan struct{}, 1000), refuse: make(map[string]int),
@@ -206,7 +206,7 @@ func (f *fakeAPI) caPEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.Certificate().Raw})
 }
 
-func (f *fakeAPI) kubeconfig(t *testing.T) string {
+func (f *fakeAPI) kubeconfig(t testing.TB) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "kubeconfig")
 	text := fmt.Sprintf(`apiVersion: v1
@@ -435,7 +435,7 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 }
 func (l *logBuffer) String() string { l.mu.Lock(); defer l.mu.Unlock(); return l.b.String() }
 
-func newRig(t *testing.T, now func() time.Time, edit ...func(*Config)) *rig {
+func newRig(t testing.TB, now func() time.Time, edit ...func(*Config)) *rig {
 	t.Helper()
 	l := &logBuffer{}
 	cfg := Config{Log: slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug})), Now: now, RetryInterval: 10 * time.Millisecond, RequestTimeout: deadline}
@@ -449,7 +449,7 @@ func newRig(t *testing.T, now func() time.Time, edit ...func(*Config)) *rig {
 	return &rig{Verifier: v, log: l}
 }
 
-func (r *rig) set(t *testing.T, clusters ...identity.KubeCluster) {
+func (r *rig) set(t testing.TB, clusters ...identity.KubeCluster) {
 	t.Helper()
 	if err := r.SetClusters(clusters); err != nil {
 		t.Fatal(err)
@@ -461,7 +461,7 @@ func offline(name string, jwks []byte) identity.KubeCluster {
 }
 
 // noLeak fails the test if the text repeats any piece of the token.
-func noLeak(t *testing.T, text string, token []byte) {
+func noLeak(t testing.TB, text string, token []byte) {
 	t.Helper()
 	for i := 0; i+16 <= len(text); i++ {
 		if strings.Contains(string(token), text[i:i+16]) {

@@ -182,7 +182,7 @@ func TestKubeconfigHeals(t *testing.T) {
 		}
 	}
 	verify(identity.ErrUnavailable)
-	write([]byte(strings.Replace(string(good), api.token, "an-old-credential", 1)))
+	write([]byte(strings.Replace(string(good), api.token, "an-old-and-longer-credential", 1)))
 	verify(identity.ErrUnavailable)
 	if s := r.Status(); s[0].APIFault == nil || !strings.Contains(s[0].APIFault.Error(), "refused") {
 		t.Errorf("status %+v", s)
@@ -192,4 +192,8 @@ func TestKubeconfigHeals(t *testing.T) {
 	if s := r.Status(); s[0].APIFault != nil {
 		t.Errorf("status %+v", s)
 	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	verify(nil) // what was read of it is not undone
 }

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -328,6 +329,31 @@ func TestCheckAgent(t *testing.T) {
 		if err := CheckAgent(k, &c); !errors.Is(err, identity.ErrDenied) {
 			t.Errorf("%+v: %v", c, err)
 		}
+	}
+}
+
+func BenchmarkVerifyOffline(b *testing.B) {
+	c := newClock()
+	for _, alg := range []string{"ES256", "RS256"} {
+		b.Run(alg, func(b *testing.B) {
+			i := newIssuer(b, "key-1", c.now)
+			if alg == "RS256" {
+				i = newRSAIssuer(b, "key-1", c.now)
+			}
+			v, err := New(Config{Log: slog.New(slog.DiscardHandler), Now: c.now})
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := v.SetClusters([]identity.KubeCluster{offline("east", jwksOf(b, i))}); err != nil {
+				b.Fatal(err)
+			}
+			tok := i.token(b)
+			for b.Loop() {
+				if _, err := v.Verify(context.Background(), tok); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 

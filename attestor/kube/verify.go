@@ -155,6 +155,7 @@ func (c *cluster) checkPod(ctx context.Context, claims *Claims) error {
 		c.api.cfg.Log.Debug("cannot ask a kube cluster about a pod; its token's signature decides", "cluster", c.Name, "error", err)
 		return nil
 	case !exists:
+		c.api.pods.remove(claims.PodUID) // so that its token costs one question, however often it is shown
 		return errGone(claims)
 	}
 	return nil

@@ -175,9 +175,17 @@ func TestWatchAsksAboutUnknownPods(t *testing.T) {
 	if _, err := r.Verify(t.Context(), i.token(t, forPod("web-1", podUID(1)))); !errors.Is(err, identity.ErrUnauthenticated) {
 		t.Errorf("forgotten tombstone: %v", err)
 	}
+	// What was answered once is not asked again.
+	gets := api.gets.Load()
+	if _, err := r.Verify(t.Context(), i.token(t, forPod("web-0", podUID(8)))); !errors.Is(err, identity.ErrUnauthenticated) {
+		t.Errorf("once more: %v", err)
+	}
+	if n := api.gets.Load() - gets; n > 1 { // with one tombstone it may have been pushed out
+		t.Errorf("asked %d times", n)
+	}
 	// The API server does not answer, or not us: the signature decides.
 	api.setRefuse("get pods", 403)
-	if _, err := r.Verify(t.Context(), tok); err != nil {
+	if _, err := r.Verify(t.Context(), i.token(t, forPod("web-7", podUID(7)))); err != nil {
 		t.Errorf("while nobody can be asked: %v", err)
 	}
 }
