@@ -1,0 +1,258 @@
+package store
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash"
+	"hash/crc32"
+	"io"
+	"strings"
+
+	"go.etcd.io/bbolt"
+
+	"countersign.io/countersign/identity"
+)
+
+// Restore replaces the state with that of a snapshot, in one transaction: a snapshot that is truncated, damaged, of
+// another trust domain or of a newer version changes nothing. After such an error the state is behind what raft
+// believes it to be, so the next start rebuilds it.
+func (s *Store) Restore(r io.Reader) error {
+	s.applying.Lock()
+	defer s.applying.Unlock()
+	err := s.Err()
+	if err == nil {
+		err = s.restore(r)
+	}
+	if err != nil {
+		s.discard = true
+		return fmt.Errorf("restoring a snapshot: %w", err)
+	}
+	return nil
+}
+
+func (s *Store) restore(r io.Reader) error {
+	tx, err := s.db.Begin(true)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback() // does nothing once committed
+	if err := clearBuckets(tx); err != nil {
+		return err
+	}
+	in := &snapshotReader{r: bufio.NewReaderSize(r, 1<<16), hash: sha256.New()}
+	if err := in.load(state{tx}, s.td.Name()); err != nil {
+		return err
+	}
+	v, err := loadView(tx, s.td)
+	if err != nil {
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	s.applied = v.revision
+	s.replace(v)
+	return nil
+}
+
+func clearBuckets(tx *bbolt.Tx) error {
+	var names [][]byte
+	err := tx.ForEach(func(name []byte, _ *bbolt.Bucket) error {
+		names = append(names, bytes.Clone(name))
+		return nil
+	})
+	for _, name := range names {
+		err = errors.Join(err, tx.DeleteBucket(name))
+	}
+	return errors.Join(err, createBuckets(tx))
+}
+
+// snapshotReader knows where it is, for its errors.
+type snapshotReader struct {
+	r     io.Reader
+	hash  hash.Hash
+	off   int64 // read so far
+	start int64 // of the block at hand
+	crc   uint32
+}
+
+func (in *snapshotReader) bad(format string, args ...any) error {
+	return fmt.Errorf("%w: snapshot damaged at offset %d: "+format, append([]any{identity.ErrInvalid, in.start}, args...)...)
+}
+
+// read gets exactly n bytes, n being bounded by the caller.
+func (in *snapshotReader) read(n int) ([]byte, error) {
+	p := make([]byte, n)
+	got, err := io.ReadFull(in.r, p)
+	in.off += int64(got)
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return nil, fmt.Errorf("%w: snapshot truncated at offset %d", identity.ErrInvalid, in.off)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading at offset %d: %w", in.off, err)
+	}
+	in.hash.Write(p)
+	in.crc = crc32.Update(in.crc, crc32.MakeTable(crc32.Castagnoli), p)
+	return p, nil
+}
+
+func (in *snapshotReader) begin() { in.start, in.crc = in.off, 0 }
+
+func (in *snapshotReader) checkCRC() error {
+	want := in.crc
+	p, err := in.read(4)
+	if err == nil && binary.BigEndian.Uint32(p) != want {
+		err = in.bad("checksum mismatch")
+	}
+	return err
+}
+
+func (in *snapshotReader) load(t state, td string) error {
+	if err := in.header(t, td); err != nil {
+		return err
+	}
+	var lastKind kind
+	var lastKey string
+	for {
+		in.begin()
+		p, err := in.read(1)
+		if err != nil {
+			return err
+		}
+		k := kind(p[0])
+		if k == kindEnd {
+			return in.trailer()
+		}
+		key, value, err := in.record()
+		if err != nil {
+			return err
+		}
+		if k < lastKind || k == lastKind && key <= lastKey {
+			return in.bad("records out of order")
+		}
+		lastKind, lastKey = k, key
+		if err := t.load(k, key, value); err != nil {
+			return in.bad("%s", strings.TrimPrefix(err.Error(), identity.ErrInvalid.Error()+": "))
+		}
+	}
+}
+
+func (in *snapshotReader) header(t state, td string) error {
+	p, err := in.read(len(snapshotMagic) + 4)
+	if err != nil {
+		return err
+	}
+	if string(p[:len(snapshotMagic)]) != snapshotMagic {
+		return in.bad("this is not a snapshot of the state")
+	}
+	if v := binary.BigEndian.Uint32(p[len(snapshotMagic):]); v != snapshotVersion {
+		return fmt.Errorf("%w: the snapshot has format %d, and this version reads %d: upgrade this member to the version of the others", identity.ErrInvalid, v, snapshotVersion)
+	}
+	in.begin()
+	if p, err = in.read(4); err != nil {
+		return err
+	}
+	n := binary.BigEndian.Uint32(p)
+	if n > 255 { // SPIFFE-ID section 2.1
+		return in.bad("trust domain of %d bytes", n)
+	}
+	name, err := in.read(int(n))
+	if err != nil {
+		return err
+	}
+	counters, err := in.read(16)
+	if err != nil {
+		return err
+	}
+	if err := in.checkCRC(); err != nil {
+		return err
+	}
+	if string(name) != td {
+		return fmt.Errorf("%w: the snapshot is of trust domain %q, and this member is of %q", identity.ErrInvalid, name, td)
+	}
+	return errors.Join(t.setCounter(metaApplied, binary.BigEndian.Uint64(counters)), t.setCounter(metaSequence, binary.BigEndian.Uint64(counters[8:])))
+}
+
+func (in *snapshotReader) record() (key string, value []byte, err error) {
+	p, err := in.read(6)
+	if err != nil {
+		return "", nil, err
+	}
+	klen, vlen := binary.BigEndian.Uint16(p), binary.BigEndian.Uint32(p[2:])
+	if klen == 0 || klen > maxKeyBytes || vlen > maxValueBytes {
+		return "", nil, in.bad("a record with a key of %d and a value of %d bytes", klen, vlen)
+	}
+	p, err = in.read(int(klen) + int(vlen))
+	if err != nil {
+		return "", nil, err
+	}
+	return string(p[:klen]), p[klen:], in.checkCRC()
+}
+
+func (in *snapshotReader) trailer() error {
+	want := in.hash.Sum(nil)
+	have, err := in.read(sha256.Size)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(have, want) {
+		return in.bad("the SHA-256 of what comes before does not match")
+	}
+	switch _, err := io.ReadFull(in.r, make([]byte, 1)); err {
+	case io.EOF:
+		return nil
+	case nil:
+		return in.bad("data after the end")
+	default:
+		return fmt.Errorf("reading at offset %d: %w", in.off, err)
+	}
+}
+
+// load stores a record as it is, and what follows from it.
+func (t state) load(k kind, key string, value []byte) error {
+	switch k {
+	case kindEntry:
+		return load(t, k, key, value, func(r *entryRecord) (string, error) {
+			if owner := t.ruleOwner(&r.Entry); owner != "" {
+				return "", fmt.Errorf("entry %s duplicates entry %s", r.ID, owner)
+			}
+			return r.ID, r.check()
+		}, t.indexEntry)
+	case kindKubeCluster:
+		return load(t, k, key, value, func(r *identity.KubeCluster) (string, error) { return r.Name, nil }, nil)
+	case kindJoinToken:
+		return load(t, k, key, value, func(r *identity.JoinToken) (string, error) { return string(r.Hash), checkToken(r) }, t.indexToken)
+	case kindAgent:
+		return load(t, k, key, value, func(r *identity.Agent) (string, error) { return r.ID, nil }, nil)
+	case kindAuthority:
+		return load(t, k, key, value, func(r *identity.Authority) (string, error) { return authorityKey(r), nil }, nil)
+	case kindMember:
+		return load(t, k, key, value, func(r *identity.Member) (string, error) { return r.ID, nil }, nil)
+	}
+	return fmt.Errorf("unknown kind of record %d: it may be a newer version's", k)
+}
+
+func load[T any](t state, k kind, key string, value []byte, check func(*T) (string, error), index func(*T) error) error {
+	v := new(T)
+	if err := decodeStrict(value, v); err != nil {
+		return err
+	}
+	own, err := check(v)
+	if err != nil {
+		return err
+	}
+	if own != key {
+		return fmt.Errorf("the record of %q has the key %q", own, key)
+	}
+	if err := t.table(k).Put([]byte(key), value); err != nil {
+		return err
+	}
+	if index == nil {
+		return nil
+	}
+	return index(v)
+}

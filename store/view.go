@@ -1,0 +1,247 @@
+package store
+
+import (
+	"cmp"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.etcd.io/bbolt"
+
+	"countersign.io/countersign/identity"
+)
+
+// view is the decoded state that reads are answered from. Its maps change under Store.mu; the values they hold
+// never do.
+type view struct {
+	revision    uint64
+	entries     map[string]*entryRecord
+	index       *matchIndex
+	agents      map[string]*identity.Agent
+	kube        map[string]*identity.KubeCluster
+	authorities []*identity.Authority
+	bundle      *identity.Bundle
+	members     []*identity.Member
+}
+
+func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
+	t := state{tx}
+	v := &view{
+		revision: t.counter(metaApplied), entries: make(map[string]*entryRecord), index: newMatchIndex(),
+		agents: make(map[string]*identity.Agent), kube: make(map[string]*identity.KubeCluster),
+	}
+	entries, err := all[entryRecord](t, kindEntry)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range entries {
+		v.putEntry(r)
+	}
+	agents, err := all[identity.Agent](t, kindAgent)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range agents {
+		v.agents[a.ID] = a
+	}
+	kube, err := all[identity.KubeCluster](t, kindKubeCluster)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range kube {
+		v.kube[k.Name] = k
+	}
+	if v.authorities, err = all[identity.Authority](t, kindAuthority); err != nil {
+		return nil, err
+	}
+	v.bundle = makeBundle(td, v.authorities, t.counter(metaSequence))
+	v.members, err = all[identity.Member](t, kindMember)
+	return v, err
+}
+
+func (v *view) putEntry(r *entryRecord) {
+	v.index.remove(r.ID)
+	v.entries[r.ID] = r
+	v.index.insert(r)
+}
+
+// apply makes a change visible and says what a watcher is to hear of it.
+func (v *view) apply(c change) identity.Change {
+	out := identity.Change{Revision: c.revision, Agent: c.agent, AgentGone: c.agentGone, Bundle: c.bundle != nil, Members: c.membersChanged}
+	switch {
+	case c.putEntry != nil:
+		if old := v.entries[c.putEntry.ID]; old != nil {
+			out.OldEntry = &old.Entry
+		}
+		out.NewEntry = &c.putEntry.Entry
+		v.putEntry(c.putEntry)
+	case c.deleteEntry != "":
+		if old := v.entries[c.deleteEntry]; old != nil {
+			out.OldEntry = &old.Entry
+		}
+		delete(v.entries, c.deleteEntry)
+		v.index.remove(c.deleteEntry)
+	case c.agent != nil && c.agentGone && !c.agent.Banned:
+		delete(v.agents, c.agent.ID)
+	case c.agent != nil:
+		v.agents[c.agent.ID] = c.agent
+	case c.putKube != nil:
+		out.KubeCluster = c.putKube.Name
+		v.kube[c.putKube.Name] = c.putKube
+	case c.deleteKube != "":
+		out.KubeCluster = c.deleteKube
+		delete(v.kube, c.deleteKube)
+	case c.bundle != nil:
+		v.authorities, v.bundle = c.authorities, c.bundle
+	case c.membersChanged:
+		v.members = c.members
+	}
+	return out
+}
+
+// Revision is the log index of the last applied command.
+func (s *Store) Revision() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.view.revision
+}
+
+// Entry returns the entry with the ID.
+func (s *Store) Entry(id string) (*identity.Entry, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if r := s.view.entries[id]; r != nil {
+		return &r.Entry, true
+	}
+	return nil, false
+}
+
+// Match returns the entries whose selectors are all among sel, the earliest created first: that one is the
+// workload's default. Expired ones are among them until they are swept: see Entry.Expired.
+func (s *Store) Match(sel []identity.Selector) []*identity.Entry {
+	if !slices.IsSorted(sel) {
+		sel = identity.SortSelectors(slices.Clone(sel))
+	}
+	s.mu.RLock()
+	found := s.view.index.match(sel)
+	s.mu.RUnlock()
+	slices.SortFunc(found, func(a, b *entryRecord) int { return cmp.Compare(a.Created, b.Created) })
+	out := make([]*identity.Entry, len(found))
+	for i, r := range found {
+		out[i] = &r.Entry
+	}
+	return out
+}
+
+// Agent returns the record of the agent with the SPIFFE ID, banned or not.
+func (s *Store) Agent(id string) (*identity.Agent, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	a, ok := s.view.agents[id]
+	return a, ok
+}
+
+// KubeCluster returns the registration of that name.
+func (s *Store) KubeCluster(name string) (*identity.KubeCluster, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	k, ok := s.view.kube[name]
+	return k, ok
+}
+
+// KubeClusters returns all registrations by name.
+func (s *Store) KubeClusters() []identity.KubeCluster {
+	s.mu.RLock()
+	out := make([]identity.KubeCluster, 0, len(s.view.kube))
+	for _, k := range s.view.kube {
+		out = append(out, *k)
+	}
+	s.mu.RUnlock()
+	slices.SortFunc(out, func(a, b identity.KubeCluster) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+// Authorities returns all authorities, in whatever state, ordered by kind and ID.
+func (s *Store) Authorities() []identity.Authority {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return values(s.view.authorities)
+}
+
+// Bundle is what the trust domain vouches for; its sequence is 0 while there are no authorities yet.
+func (s *Store) Bundle() *identity.Bundle {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.view.bundle
+}
+
+// Members returns the members as registered, by ID.
+func (s *Store) Members() []identity.Member {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return values(s.view.members)
+}
+
+func values[T any](in []*T) []T {
+	out := make([]T, len(in))
+	for i, v := range in {
+		out[i] = *v
+	}
+	return out
+}
+
+// DefaultPage is the page size of listings that ask for none.
+const DefaultPage = 500
+
+// Entries returns up to limit entries (0: DefaultPage) in the order of their IDs, after the given one, and the ID to
+// go on after; it is empty at the end. Going through the pages gives every entry that was there all the time exactly
+// once, whatever is created and deleted meanwhile.
+func (s *Store) Entries(after string, limit int) (page []*identity.Entry, next string) {
+	keys, next := s.keys(kindEntry, after, limit)
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, k := range keys {
+		if r := s.view.entries[k]; r != nil {
+			page = append(page, &r.Entry)
+		}
+	}
+	return page, next
+}
+
+// Agents is as Entries, for agents, banned ones too.
+func (s *Store) Agents(after string, limit int) (page []*identity.Agent, next string) {
+	keys, next := s.keys(kindAgent, after, limit)
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, k := range keys {
+		if a := s.view.agents[k]; a != nil {
+			page = append(page, a)
+		}
+	}
+	return page, next
+}
+
+// keys lists from the file, which keeps its keys in order. A command that is being applied may be in the file and not
+// yet in the view, or the other way round; the listing then has the view's word.
+func (s *Store) keys(k kind, after string, limit int) (page []string, next string) {
+	if limit <= 0 {
+		limit = DefaultPage
+	}
+	err := s.db.View(func(tx *bbolt.Tx) error {
+		c := state{tx}.table(k).Cursor()
+		key, _ := c.Seek([]byte(after))
+		if string(key) == after && after != "" {
+			key, _ = c.Next()
+		}
+		for ; key != nil && len(page) < limit; key, _ = c.Next() {
+			page = append(page, string(key))
+		}
+		if key != nil {
+			next = page[len(page)-1]
+		}
+		return nil
+	})
+	if err != nil { // closed
+		return nil, ""
+	}
+	return page, next
+}
