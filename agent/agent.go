@@ -32,18 +32,22 @@ import (
 )
 
 const (
-	attemptTimeout = 3 * time.Second        // to connect to one member and get its state
-	stagger        = 250 * time.Millisecond // before the next member is tried beside one that does not answer
-	callTimeout    = 5 * time.Second        // one RPC
-	callTries      = 3                      // members that one call is tried at
-	issueWorkers   = 4                      // IssueX509 calls in flight
-	renewWorkers   = 32                     // workloads being attested anew at once
-	attestTimeout  = 5 * time.Second        // to attest one workload anew
-	freshWait      = time.Second            // how long a caller waits for a newer SVID than a live one past half-life
-	changedGrace   = 10 * time.Second       // see the package comment
-	changedRetry   = 200 * time.Millisecond // between questions during the grace
-	maxBackoff     = 10 * time.Second       // between rounds over the members
-	maxJWTs        = 4096                   // cached answers
+	attemptTimeout    = 3 * time.Second        // to connect to one member and get its state
+	stagger           = 250 * time.Millisecond // before the next member is tried beside one that does not answer
+	callTimeout       = 5 * time.Second        // one RPC
+	attestNodeTimeout = 30 * time.Second       // to attest this node at one member, which may wait for a leader
+	probeAfter        = 300 * time.Millisecond // a call that takes longer has its member probed
+	probeTimeout      = 500 * time.Millisecond
+	probeEvery        = time.Second
+	callTries         = 3                      // members that one call is tried at
+	issueWorkers      = 4                      // IssueX509 calls in flight
+	renewWorkers      = 32                     // workloads being attested anew at once
+	attestTimeout     = 5 * time.Second        // to attest one workload anew
+	freshWait         = time.Second            // how long a caller waits for a newer SVID than a live one past half-life
+	changedGrace      = 10 * time.Second       // see the package comment
+	changedRetry      = 200 * time.Millisecond // between questions during the grace
+	maxBackoff        = 10 * time.Second       // between rounds over the members
+	maxJWTs           = 4096                   // cached answers
 )
 
 // Config is what an agent needs. Servers, Credential and one of Pin and Bundle are mandatory.

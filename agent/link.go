@@ -65,7 +65,7 @@ func (l *link) why() error {
 	case l.sess != nil:
 		return nil
 	case l.reason != nil:
-		return fmt.Errorf("%w: no member of the cluster can be used: %w", identity.ErrUnavailable, l.reason)
+		return fmt.Errorf("%w: no member of the cluster can be used: %v", identity.ErrUnavailable, l.reason)
 	}
 	return fmt.Errorf("%w: connecting to a member of the cluster", identity.ErrUnavailable)
 }
@@ -92,7 +92,7 @@ func (l *link) acquire(ctx context.Context) (*session, error) {
 			return s, nil
 		}
 		if reason != nil {
-			return nil, fmt.Errorf("%w: no member of the cluster can be used: %w", identity.ErrUnavailable, reason)
+			return nil, fmt.Errorf("%w: no member of the cluster can be used: %v", identity.ErrUnavailable, reason)
 		}
 		select {
 		case <-changed:
@@ -147,9 +147,7 @@ func (a *Agent) call(ctx context.Context, f func(context.Context, *session) erro
 		if err != nil {
 			return errors.Join(err, last)
 		}
-		cctx, cancel := context.WithTimeout(ctx, callTimeout)
-		err = f(cctx, s)
-		cancel()
+		err = s.try(ctx, f)
 		a.link.release(s)
 		switch {
 		case err == nil:

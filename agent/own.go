@@ -97,7 +97,7 @@ func (a *Agent) attest(ctx context.Context) error {
 }
 
 func (a *Agent) attestAt(ctx context.Context, addr string, key keyPair) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, attestNodeTimeout)
 	defer cancel()
 	begin, prove, err := a.cfg.Credential.begin()
 	if err != nil {
@@ -110,6 +110,12 @@ func (a *Agent) attestAt(ctx context.Context, addr string, key keyPair) error {
 		return err
 	}
 	defer conn.Close()
+	// A member that does not even shake hands is left sooner: nothing has been spent there.
+	defer time.AfterFunc(attemptTimeout, func() {
+		if len(seen) == 0 {
+			cancel()
+		}
+	}).Stop()
 	stream, err := nodev1.NewNodeClient(conn).Attest(ctx)
 	if err != nil {
 		return api.FromStatus(err)

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -11,8 +12,11 @@ import (
 
 	"google.golang.org/grpc"
 	grpcbackoff "google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 
 	"countersign.io/countersign/api"
 	nodev1 "countersign.io/countersign/api/node/v1"
@@ -23,6 +27,9 @@ const (
 	watchChunk = 500 // workloads in one message
 	maxMembers = 64
 )
+
+// errHung ends a call to a member that does not even answer a probe.
+var errHung = fmt.Errorf("%w: the member hangs: it did not answer a probe within %v", identity.ErrUnavailable, probeTimeout)
 
 // session is one connection to one member with its Sync stream.
 type session struct {
@@ -60,7 +67,7 @@ func (a *Agent) dial(addr string, tlsConfig *tls.Config) (*grpc.ClientConn, erro
 		grpc.WithDisableServiceConfig(),
 		grpc.WithIdleTimeout(0),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: grpcbackoff.DefaultConfig, MinConnectTimeout: attemptTimeout}),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 5 * time.Second}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("connecting to %s: %w: %v", addr, identity.ErrInvalid, err)
@@ -139,6 +146,35 @@ func (s *session) err() error { <-s.done; return s.why }
 func (s *session) stopSync() {
 	s.end(fmt.Errorf("%w: the connection was replaced", identity.ErrUnavailable))
 	s.wg.Wait()
+}
+
+// try runs one call. A member that hangs is told from one that takes its time (it may be asking an API server) by a probe
+// beside the call: any answer will do.
+func (s *session) try(ctx context.Context, f func(context.Context, *session) error) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	ctx, hung := context.WithCancelCause(ctx)
+	defer hung(nil)
+	defer time.AfterFunc(probeAfter, func() { s.probe(ctx, hung) }).Stop()
+	err := f(ctx, s)
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, errHung) {
+		return cause
+	}
+	return err
+}
+
+// probe asks the member for its health until ctx ends, and calls hung when it does not answer.
+func (s *session) probe(ctx context.Context, hung context.CancelCauseFunc) {
+	for ctx.Err() == nil {
+		pctx, cancel := context.WithTimeout(ctx, probeTimeout)
+		_, err := healthv1.NewHealthClient(s.conn).Check(pctx, &healthv1.HealthCheckRequest{})
+		cancel()
+		if ctx.Err() == nil && status.Code(err) == codes.DeadlineExceeded {
+			hung(errHung)
+			return
+		}
+		sleep(ctx, probeEvery)
+	}
 }
 
 func (s *session) close() {
