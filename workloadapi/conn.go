@@ -94,8 +94,8 @@ type conn struct {
 	server *Server
 	holder holder // guarded by admission.mu
 
-	// debt is the work caused since the last Read, in calls. Owned by the goroutine that reads, which is the
-	// one that taps calls too.
+	// debt is the work caused since the last Read. Owned by the goroutine that reads, which is the one that taps
+	// calls too.
 	debt int
 
 	peer     atomic.Pointer[attestor.Peer] // set when the caller is pinned
@@ -110,8 +110,10 @@ type conn struct {
 // a client would have to handle, no memory, and the caller's own socket fills up.
 func (c *conn) Read(b []byte) (int, error) {
 	n, err := c.UnixConn.Read(b)
-	c.debt += (n + bytesPerCall - 1) / bytesPerCall
-	wait := reserve(c, &c.debt)
+	work := c.server.admit.work(c)
+	now := time.Now()
+	wait := work.ReserveN(now, min(c.debt+workOfRead+n/bytesPerWork, work.Burst())).DelayFrom(now)
+	c.debt = 0
 	if wait <= 0 {
 		return n, err
 	}
@@ -125,20 +127,11 @@ func (c *conn) Read(b []byte) (int, error) {
 	}
 }
 
-// reserve books the debt with the caller's measure of work.
-func reserve(c *conn, debt *int) time.Duration {
-	work := c.server.admit.work(c)
-	now := time.Now()
-	r := work.ReserveN(now, min(*debt, work.Burst()))
-	*debt = 0
-	return r.DelayFrom(now)
-}
-
 // tapCall counts a call before anything is done for it, so that calls reset at once are paid for too. It must
 // not refuse: gRPC forgets to free the context of a call that a tap refuses until the connection ends.
 func tapCall(ctx context.Context, _ *tap.Info) (context.Context, error) {
 	if c, ok := connOf(ctx); ok {
-		c.debt++
+		c.debt += workOfCall
 	}
 	return ctx, nil
 }

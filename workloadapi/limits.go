@@ -25,8 +25,8 @@ type Quota struct {
 // Zero fields mean DefaultLimits.
 type Limits struct {
 	Caller, User, Total Quota
-	// CallsPerSecond of one caller, with bursts of as many; beyond it its connections are read more slowly.
-	// 1 KiB received counts like one call, and a connection opened like ten.
+	// CallsPerSecond of one caller, with bursts of as many; beyond it its connections are read more slowly. It is
+	// true of small calls; 1 KiB received counts like one of them, and a connection opened like ten.
 	CallsPerSecond int
 }
 
@@ -40,10 +40,14 @@ func DefaultLimits() Limits {
 	}
 }
 
-// What one call is the measure of; see Limits.CallsPerSecond.
+// The units of work. An ordinary call is a call, three reads and some 200 bytes, which makes workPerCall.
 const (
-	bytesPerCall = 1 << 10
-	callsPerConn = 10
+	workPerCall  = 16
+	workOfCall   = 10
+	workOfRead   = 1 // or single bytes would come cheap
+	bytesPerWork = 64
+	workOfConn   = 10 * workPerCall
+
 	filesPerConn = 3 // the socket and what an attestor.Peer holds
 )
 
@@ -118,7 +122,7 @@ func (a *admission) open(c *conn, who caller) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	h := holder{a.share(who.key, true), a.share(fmt.Sprintf("user:%d", who.uid), false), &a.total}
-	if !h[0].work.AllowN(time.Now(), callsPerConn) {
+	if !h[0].work.AllowN(time.Now(), workOfConn) {
 		return a.refuse(h[0], "connections per second")
 	}
 	if err := a.take(h, connections); err != nil {
@@ -216,7 +220,8 @@ func (a *admission) share(key string, caller bool) *share {
 	}
 	s := &share{key: key, idleAt: time.Now()}
 	if caller {
-		s.work = rate.NewLimiter(rate.Limit(a.limits.CallsPerSecond), max(a.limits.CallsPerSecond, callsPerConn))
+		n := workPerCall * a.limits.CallsPerSecond
+		s.work = rate.NewLimiter(rate.Limit(n), max(n, workOfConn))
 	}
 	a.shares[key] = s
 	return s
