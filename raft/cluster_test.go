@@ -195,7 +195,7 @@ func testLog(t testing.TB) *slog.Logger {
 	if os.Getenv("RAFT_TEST_LOG") == "" {
 		return nil
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, nil)).With("test", t.Name())
+	return slog.New(slog.NewTextHandler(os.Stderr, nil))
 }
 
 // newCluster starts size members, the first bootstrapped, the others joined and voting.

@@ -264,7 +264,9 @@ func TestDamage(t *testing.T) {
 			})
 		}, nil, "run the newer program"},
 		{"a log of a newer program", false, func(t *testing.T, m *member) {
-			edit(t, m, func(_ *bolt.Bucket, tx *bolt.Tx) error { return tx.Bucket(bucketMeta()).Put([]byte("format"), []byte("2")) })
+			edit(t, m, func(_ *bolt.Bucket, tx *bolt.Tx) error {
+				return tx.Bucket(bucketMeta()).Put([]byte("format"), []byte("2"))
+			})
 		}, nil, "run the newer program"},
 		{"the file truncated", false, func(t *testing.T, m *member) {
 			if err := os.Truncate(filepath.Join(m.dir, "log.db"), 8192); err != nil {

@@ -9,26 +9,35 @@ import (
 )
 
 // newHCLog is a logger for hashicorp/raft that hands warnings and errors to log, and drops the rest: its
-// informational lines tell a developer of raft much and an operator nothing.
-func newHCLog(log *slog.Logger) hclog.Logger {
+// informational lines tell a developer of raft much and an operator nothing. Nothing is logged above the
+// given level (a connection that broke is no error of this member's), nor while quiet says so.
+func newHCLog(log *slog.Logger, top slog.Level, quiet func() bool) hclog.Logger {
 	l := hclog.NewInterceptLogger(&hclog.LoggerOptions{Output: io.Discard, Level: hclog.Off})
-	l.RegisterSink(slogSink{log})
+	l.RegisterSink(&slogSink{log, top, quiet})
 	return l
 }
 
-type slogSink struct{ log *slog.Logger }
+type slogSink struct {
+	log   *slog.Logger
+	top   slog.Level
+	quiet func() bool
+}
 
 // Accept implements hclog.SinkAdapter.
-func (s slogSink) Accept(_ string, level hclog.Level, msg string, args ...any) {
-	to := slog.LevelWarn
+func (s *slogSink) Accept(_ string, level hclog.Level, msg string, args ...any) {
+	var to slog.Level
 	switch level {
 	case hclog.Warn:
+		to = slog.LevelWarn
 	case hclog.Error:
-		to = slog.LevelError
+		to = min(slog.LevelError, s.top)
 	default:
 		return
 	}
-	attrs := make([]slog.Attr, 0, 1+len(args)/2)
+	if s.quiet != nil && s.quiet() {
+		return
+	}
+	attrs := make([]slog.Attr, 0, len(args)/2)
 	for i := 0; i+1 < len(args); i += 2 {
 		key, ok := args[i].(string)
 		if !ok {

@@ -83,6 +83,8 @@ type Config struct {
 	SnapshotInterval time.Duration
 	// TrailingLogs is how many entries stay in the log behind a snapshot, for followers that lag; default 10240.
 	TrailingLogs uint64
+
+	commitTimeout time.Duration // raft's fallback for what pipeline.go does; default 50 ms, longer in its test
 }
 
 // Node is one member's part of the replicated log. All methods can be called concurrently.
@@ -147,6 +149,7 @@ func (c Config) withDefaults() (Config, error) {
 	def(&c.LeaderWait, 10*time.Second)
 	def(&c.RPCTimeout, 5*time.Second)
 	def(&c.SnapshotInterval, 30*time.Second)
+	def(&c.commitTimeout, 50*time.Millisecond)
 	if c.SnapshotThreshold == 0 {
 		c.SnapshotThreshold = 8192
 	}
@@ -168,6 +171,7 @@ func (c Config) hraft(restore bool, notify chan<- bool) *hraft.Config {
 	h.HeartbeatTimeout = c.HeartbeatTimeout
 	h.ElectionTimeout = c.HeartbeatTimeout
 	h.LeaderLeaseTimeout = c.LeaseTimeout
+	h.CommitTimeout = c.commitTimeout
 	h.SnapshotThreshold = c.SnapshotThreshold
 	h.SnapshotInterval = c.SnapshotInterval
 	h.TrailingLogs = c.TrailingLogs
@@ -176,7 +180,7 @@ func (c Config) hraft(restore bool, notify chan<- bool) *hraft.Config {
 	h.NoLegacyTelemetry = true
 	h.NoSnapshotRestoreOnStart = !restore
 	h.NotifyCh = notify
-	h.Logger = newHCLog(c.Log)
+	h.Logger = newHCLog(c.Log, slog.LevelError, nil)
 	return h
 }
 
@@ -212,7 +216,7 @@ func Open(cfg Config) (_ *Node, err error) {
 	if n.logs, err = openLogStore(filepath.Join(cfg.Dir, "log.db"), cfg.ID); err != nil {
 		return nil, fmt.Errorf("opening raft log: %w", err)
 	}
-	snaps, err := openSnapshots(cfg.Dir, newHCLog(cfg.Log))
+	snaps, err := openSnapshots(cfg.Dir, newHCLog(cfg.Log, slog.LevelError, nil))
 	if err != nil {
 		return nil, fmt.Errorf("opening raft snapshots: %w", err)
 	}
@@ -223,6 +227,7 @@ func Open(cfg Config) (_ *Node, err error) {
 	}
 	n.mux = newMux(n)
 	n.transport = newTransport(n)
+	n.fsm.onApplied = n.transport.applied
 	if err := n.start(snaps, restore); err != nil {
 		return nil, err
 	}

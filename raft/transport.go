@@ -1,6 +1,9 @@
 package raft
 
 import (
+	"log/slog"
+	"sync"
+
 	hraft "github.com/hashicorp/raft"
 )
 
@@ -13,6 +16,9 @@ type transport struct {
 	*hraft.NetworkTransport
 	n    *Node
 	rpcs chan hraft.RPC
+
+	mu        sync.Mutex
+	pipelines map[*pipeline]struct{} // to the followers, while this member leads
 }
 
 var (
@@ -27,10 +33,11 @@ func newTransport(n *Node) *transport {
 			Stream:  n.mux,
 			MaxPool: maxPool,
 			Timeout: n.cfg.RPCTimeout,
-			Logger:  newHCLog(n.log),
+			Logger:  newHCLog(n.log, slog.LevelWarn, n.closing.Load),
 		}),
-		n:    n,
-		rpcs: make(chan hraft.RPC),
+		n:         n,
+		rpcs:      make(chan hraft.RPC),
+		pipelines: map[*pipeline]struct{}{},
 	}
 }
 
