@@ -28,6 +28,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
@@ -225,7 +226,7 @@ func (c *cluster) serve(name, addr string, lis net.Listener) *member {
 			return err
 		},
 	}
-	m.srv = grpc.NewServer(grpc.Creds(credentials.NewTLS(cfg)))
+	m.srv = grpc.NewServer(grpc.Creds(credentials.NewTLS(cfg)), grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}))
 	healthv1.RegisterHealthServer(m.srv, &health{m: m})
 	nodev1.RegisterNodeServer(m.srv, m)
 	workloadv1.RegisterWorkloadServer(m.srv, m)

@@ -99,7 +99,9 @@ func (w *world) open(a identity.Authority) (crypto.Signer, error) {
 	return key.(crypto.Signer), nil
 }
 
-func newWorld(t testing.TB, edits ...func(*Config)) *world { return newWorldOn(t, ListenConfig{}, edits...) }
+func newWorld(t testing.TB, edits ...func(*Config)) *world {
+	return newWorldOn(t, ListenConfig{}, edits...)
+}
 
 func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 	t.Helper()
@@ -137,7 +139,9 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 		CA: w.ca, State: State{w.state, w.state, w.state}, Writes: Writes{w.state, w.state, w.state, w.state, w.state}, Pods: w.pods,
 		Cluster: Cluster{
 			Staleness: func() time.Duration { return time.Duration(w.stale.Load()) },
-			Members:   func() []MemberStatus { return []MemberStatus{{ID: "m1", Address: w.port.Addr().String(), Voter: true, Leader: true}} },
+			Members: func() []MemberStatus {
+				return []MemberStatus{{ID: "m1", Address: w.port.Addr().String(), Voter: true, Leader: true}}
+			},
 			AddMember: func(_ context.Context, id, address string) error {
 				w.added <- identity.Member{ID: id, Address: address}
 				return nil
