@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -262,7 +263,7 @@ func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) (
 // sameNode keeps a token from being used anywhere but on the node that its pod runs on: promise 1.
 func sameNode(a *identity.Agent, cluster, node, namespace, pod string) error {
 	if a.KubeNode == "" {
-		return fmt.Errorf("%w: agent %s was attested without a Kubernetes node, so it cannot speak for pods: attest it with its pod's own token (attest.kube), or make its join token with the node (countersign token create --kube-cluster %s --kube-node NODE)", identity.ErrDenied, a.ID, cluster)
+		return fmt.Errorf("%w: agent %s was attested without a Kubernetes node, so it cannot speak for pods: attest it with its pod's own token (attest.kube), or make its join token with the node (countersign token create --agent --kube-node %s/NODE)", identity.ErrDenied, a.ID, cluster)
 	}
 	if a.KubeCluster != cluster || a.KubeNode != node {
 		return fmt.Errorf("%w: pod %s/%s runs on node %q of kube cluster %q, but agent %s speaks for node %q of kube cluster %q", identity.ErrDenied, namespace, pod, node, cluster, a.ID, a.KubeNode, a.KubeCluster)
@@ -288,7 +289,9 @@ func (s *Server) entitled(sel []identity.Selector, now time.Time) ([]grant, erro
 	if !known {
 		return nil, fmt.Errorf("%w: kube cluster %q is not registered", identity.ErrDenied, cluster)
 	}
-	entries := slices.DeleteFunc(s.cfg.State.Match(sel), func(e *identity.Entry) bool { return e.Expired(now) })
+	entries := slices.DeleteFunc(s.cfg.State.Match(sel), func(e *identity.Entry) bool {
+		return e.Expired(now) || cluster != "" && processesOnly(e)
+	})
 	if len(entries) == 0 {
 		if d := s.defaultEntry(cluster); d != nil {
 			entries = append(entries, d)
@@ -315,6 +318,19 @@ func (s *Server) entitled(sel []identity.Selector, now time.Time) ([]grant, erro
 		return nil, fault
 	}
 	return grants, nil
+}
+
+// processesOnly reports whether an entry is for plain processes: it takes an agent's word and names nothing that a pod
+// has proven. A pod must not match it: its user IDs and paths are what its own image says, so any image could be the host's daemon.
+func processesOnly(e *identity.Entry) bool {
+	word := false
+	for _, s := range e.Selectors {
+		if strings.HasPrefix(string(s), "k8s:") {
+			return false
+		}
+		word = word || !s.Proven()
+	}
+	return word
 }
 
 // clamp is the lifetime that an SVID is asked for: an entry that expires takes what was issued by it along, to within
