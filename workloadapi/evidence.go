@@ -125,7 +125,7 @@ func (c *conn) recognise(ctx context.Context) error {
 
 // collect attests the caller anew.
 func (c *conn) collect(ctx context.Context) (*attestor.Workload, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, c.server.callTimeout)
 	defer cancel()
 	w, err := c.server.attestor.Attest(ctx, c.peer.Load())
 	if err != nil {

@@ -253,18 +253,24 @@ type fixture struct {
 	stop     func() error // ends Run and returns its error
 }
 
+// setup is what a test may change before the server runs.
+type setup struct {
+	Config
+	tune func(*Server)
+}
+
 // start runs a server in which the caller "web" has the identity /web.
-func start(t testing.TB, change ...func(*Config)) *fixture {
+func start(t testing.TB, change ...func(*setup)) *fixture {
 	t.Helper()
 	dir := must(os.MkdirTemp("", "wl")) // t.TempDir has a path too long for a socket
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	f := &fixture{t: t, d: newDomain("example.org"), source: newSource(), attestor: &fakeAttestor{}, path: filepath.Join(dir, "agent.sock")}
 	f.source.set("web", f.d.update(f.d.svid("/web", "")))
-	cfg := Config{Path: f.path, Source: f.source, Attestor: f.attestor}
+	with := setup{Config{Path: f.path, Source: f.source, Attestor: f.attestor}, func(*Server) {}}
 	for _, c := range change {
-		c(&cfg)
+		c(&with)
 	}
-	s, err := New(cfg)
+	s, err := New(with.Config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -272,6 +278,7 @@ func start(t testing.TB, change ...func(*Config)) *fixture {
 		name := nameOf(c)
 		return caller{key: "test:" + name, uid: uint32(len(name))}, nil // names of one length are of one user
 	}
+	with.tune(s)
 	f.server = s
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -293,7 +300,7 @@ func start(t testing.TB, change ...func(*Config)) *fixture {
 	return f
 }
 
-func withLimits(l Limits) func(*Config) { return func(c *Config) { c.Limits = l } }
+func withLimits(l Limits) func(*setup) { return func(s *setup) { s.Limits = l } }
 
 var dialed atomic.Int64
 

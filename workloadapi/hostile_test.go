@@ -385,21 +385,29 @@ func TestHostileHalfOpen(t *testing.T) {
 	f.gone("attacker", before+10)
 }
 
-// The server hangs up on who does not say what it came for.
-func TestHalfOpenConnectionsEnd(t *testing.T) {
-	t.Parallel()
-	f := start(t)
+// The server hangs up on who does not say what it came for, and gives up a call whose request does not come.
+func TestHalfOpenEnds(t *testing.T) {
+	f := start(t, func(s *setup) {
+		s.tune = func(s *Server) { s.handshakeTimeout, s.callTimeout = time.Second, 50*time.Millisecond }
+	})
 	c, err := f.dial("attacker")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
 	io.WriteString(c, http2.ClientPreface[:10])
-	c.SetReadDeadline(time.Now().Add(6 * handshakeTimeout))
+	c.SetReadDeadline(time.Now().Add(30 * time.Second))
 	if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Error("a connection with half a preface stays open")
 	}
 	eventually(t, "it is not counted any more", func() bool { return f.held("attacker") == [kinds]int{} })
+	before := runtime.NumGoroutine()
+	r := f.raw("attacker")
+	for range 20 {
+		r.must(r.open("FetchJWTSVID"))
+	}
+	eventually(t, "the connection is open", func() bool { return f.held("attacker")[connections] == 1 })
+	eventually(t, "the calls have ended", func() bool { return runtime.NumGoroutine() <= before+5 })
 }
 
 func TestHostileHeaders(t *testing.T) {

@@ -151,8 +151,6 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 		return nil, s.status(info.FullMethod, err)
 	}
 	defer s.admit.release(held, streams)
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
 	resp, err := handler(ctx, req)
 	if err != nil {
 		return nil, s.status(info.FullMethod, err)

@@ -85,8 +85,9 @@ type Server struct {
 	// stopping ends every stream; it is not a parent of the calls' contexts, which belong to gRPC.
 	stopping context.Context
 	stop     context.CancelFunc
-	// identify is identifyPeer but in tests, where one process plays many callers.
-	identify func(*net.UnixConn) (caller, error)
+	// Other than in New only in tests, where one process plays many callers, and time is short.
+	identify                      func(*net.UnixConn) (caller, error)
+	handshakeTimeout, callTimeout time.Duration
 }
 
 // How long a caller may take, and how much it may send in one piece. All of it is generous: a client that
@@ -99,7 +100,7 @@ const (
 	pingAfter        = 2 * time.Minute  // without a word from a client: is it there, and reading?
 	pingTimeout      = 20 * time.Second
 	idleTimeout      = 30 * time.Minute // of a connection without a stream
-	callTimeout      = 30 * time.Second // of a unary call; attestation included
+	callTimeout      = 30 * time.Second // of a unary call, from its header on, and of an attestation
 	drainTimeout     = 3 * time.Second  // for clients to take their last message when the agent stops
 )
 
@@ -130,7 +131,8 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{source: c.Source, attestor: c.Attestor, log: c.Log, now: c.Now, identify: identifyPeer}
+	s := &Server{source: c.Source, attestor: c.Attestor, log: c.Log, now: c.Now,
+		identify: identifyPeer, handshakeTimeout: handshakeTimeout, callTimeout: callTimeout}
 	s.admit = newAdmission(limits, c.Log)
 	s.listener = &listener{socket: socket, server: s}
 	s.stopping, s.stop = context.WithCancel(context.Background())
@@ -196,7 +198,7 @@ func (s *Server) grpcServer() *grpc.Server {
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(streamsPerConn),
-		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.ConnectionTimeout(s.handshakeTimeout),
 		// Windows that do not grow with what a client sends, and small buffers: there may be thousands of
 		// connections, and a message is a few KiB.
 		grpc.StaticStreamWindowSize(64<<10),
