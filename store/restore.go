@@ -115,6 +115,7 @@ func (in *snapshotReader) load(t state, td string) error {
 	if err := in.header(t, td); err != nil {
 		return err
 	}
+	l := newLoader(t)
 	var lastKind kind
 	var lastKey string
 	for {
@@ -125,7 +126,10 @@ func (in *snapshotReader) load(t state, td string) error {
 		}
 		k := kind(p[0])
 		if k == kindEnd {
-			return in.trailer()
+			if err := in.trailer(); err != nil {
+				return err
+			}
+			return l.finish()
 		}
 		key, value, err := in.record()
 		if err != nil {
@@ -135,7 +139,7 @@ func (in *snapshotReader) load(t state, td string) error {
 			return in.bad("records out of order")
 		}
 		lastKind, lastKey = k, key
-		if err := t.load(k, key, value); err != nil {
+		if err := l.load(k, key, value); err != nil {
 			return in.bad("%s", strings.TrimPrefix(err.Error(), identity.ErrInvalid.Error()+": "))
 		}
 	}
@@ -210,49 +214,4 @@ func (in *snapshotReader) trailer() error {
 	default:
 		return fmt.Errorf("reading at offset %d: %w", in.off, err)
 	}
-}
-
-// load stores a record as it is, and what follows from it.
-func (t state) load(k kind, key string, value []byte) error {
-	switch k {
-	case kindEntry:
-		return load(t, k, key, value, func(r *entryRecord) (string, error) {
-			if owner := t.ruleOwner(&r.Entry); owner != "" {
-				return "", fmt.Errorf("entry %s duplicates entry %s", r.ID, owner)
-			}
-			return r.ID, r.check()
-		}, t.indexEntry)
-	case kindKubeCluster:
-		return load(t, k, key, value, func(r *identity.KubeCluster) (string, error) { return r.Name, nil }, nil)
-	case kindJoinToken:
-		return load(t, k, key, value, func(r *identity.JoinToken) (string, error) { return string(r.Hash), checkToken(r) }, t.indexToken)
-	case kindAgent:
-		return load(t, k, key, value, func(r *identity.Agent) (string, error) { return r.ID, nil }, nil)
-	case kindAuthority:
-		return load(t, k, key, value, func(r *identity.Authority) (string, error) { return authorityKey(r), nil }, nil)
-	case kindMember:
-		return load(t, k, key, value, func(r *identity.Member) (string, error) { return r.ID, nil }, nil)
-	}
-	return fmt.Errorf("unknown kind of record %d: it may be a newer version's", k)
-}
-
-func load[T any](t state, k kind, key string, value []byte, check func(*T) (string, error), index func(*T) error) error {
-	v := new(T)
-	if err := decodeStrict(value, v); err != nil {
-		return err
-	}
-	own, err := check(v)
-	if err != nil {
-		return err
-	}
-	if own != key {
-		return fmt.Errorf("the record of %q has the key %q", own, key)
-	}
-	if err := t.table(k).Put([]byte(key), value); err != nil {
-		return err
-	}
-	if index == nil {
-		return nil
-	}
-	return index(v)
 }

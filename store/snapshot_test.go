@@ -2,6 +2,8 @@ package store
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -115,6 +117,10 @@ func TestSnapshotRecordFaults(t *testing.T) {
 	entry := func(id, path, more string) record {
 		return record{kindEntry, id, `{"created":1,"id":"` + id + `","selectors":["k8s:ns:x"],"spiffe_id":"spiffe://example.org` + path + `"` + more + `}`}
 	}
+	token := func(fill, id string) record {
+		hash := strings.Repeat(fill, sha256.Size)
+		return record{kindJoinToken, hash, fmt.Sprintf(`{"id":%q,"hash":%q,"purpose":"agent","expires_at":"2026-01-01T00:00:00Z"}`, id, base64.StdEncoding.EncodeToString([]byte(hash)))}
+	}
 	member := record{kindMember, "m", `{"id":"m","address":"h:1"}`}
 	s := openAt(t, stateDir(t))
 	if err := s.Restore(bytes.NewReader(writeSnapshot(entry("a", "/a", ""), member))); err != nil {
@@ -136,6 +142,7 @@ func TestSnapshotRecordFaults(t *testing.T) {
 		{"twice", []record{member, member}, "out of order"},
 		{"duplicate entries", []record{entry("a", "/a", ""), entry("b", "/a", "")}, "duplicates entry a"},
 		{"unsorted selectors", []record{{kindEntry, "a", `{"created":1,"id":"a","selectors":["k8s:ns:x","agent:id:x"],"spiffe_id":"x"}`}}, "sorted set"},
+		{"same token ID twice", []record{token("A", "t"), token("B", "t")}, "two join tokens t"},
 		{"token without hash", []record{{kindJoinToken, "t", `{"id":"t","hash":"AA==","purpose":"agent","expires_at":"2026-01-01T00:00:00Z"}`}}, "hash of 1 bytes"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

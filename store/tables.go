@@ -178,20 +178,20 @@ func (t state) putToken(j *identity.JoinToken) error {
 	if err := put(t, kindJoinToken, string(j.Hash), j); err != nil {
 		return err
 	}
-	return t.indexToken(j)
-}
-
-func (t state) indexToken(j *identity.JoinToken) error {
 	return errors.Join(
 		t.tx.Bucket([]byte(bucketTokenIDs)).Put([]byte(j.ID), j.Hash),
-		t.expiry().Put(expiryKey(j.ExpiresAt.Add(tokenMemory), kindJoinToken, string(j.Hash)), nil))
+		t.expiry().Put(tokenExpiryKey(j), nil))
 }
 
 func (t state) deleteToken(j *identity.JoinToken) error {
 	return errors.Join(
 		t.table(kindJoinToken).Delete(j.Hash),
 		t.tx.Bucket([]byte(bucketTokenIDs)).Delete([]byte(j.ID)),
-		t.expiry().Delete(expiryKey(j.ExpiresAt.Add(tokenMemory), kindJoinToken, string(j.Hash))))
+		t.expiry().Delete(tokenExpiryKey(j)))
+}
+
+func tokenExpiryKey(j *identity.JoinToken) []byte {
+	return expiryKey(j.ExpiresAt.Add(tokenMemory), kindJoinToken, string(j.Hash))
 }
 
 func checkToken(j *identity.JoinToken) error {
