@@ -4,13 +4,16 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
+	"countersign.io/countersign/attestor/kube"
 	"countersign.io/countersign/attestor/node"
 	"countersign.io/countersign/identity"
 )
@@ -104,12 +107,36 @@ func (s adminService) AddKubeCluster(ctx context.Context, req *adminv1.KubeClust
 	if err := identity.CheckKubeCluster(s.cfg.TrustDomain, k); err != nil {
 		return nil, err
 	}
+	if err := s.checkUsable(*k); err != nil {
+		return nil, err
+	}
 	kept, err := s.cfg.Writes.PutKubeCluster(ctx, *k, req.Replace)
 	if err != nil {
 		return nil, fmt.Errorf("registering kube cluster %q: %w", k.Name, err)
 	}
 	s.cfg.Log.Info("kube cluster registered", "kube_cluster", k.Name, "issuer", k.Issuer, "replaced", req.Replace)
 	return api.KubeClusterToWire(&kept), nil
+}
+
+// checkUsable tries the registration on a verifier of its own, next to the others, so that a JWKS that nobody can read or
+// an issuer that two clusters share is said now and to whom it concerns. What can heal, such as a kubeconfig that
+// is not there yet, is no reason to refuse.
+func (s *Server) checkUsable(k identity.KubeCluster) error {
+	v, err := kube.New(kube.Config{Log: s.cfg.Log, Now: s.cfg.Now})
+	if err != nil {
+		return err
+	}
+	others := slices.DeleteFunc(s.cfg.State.KubeClusters(), func(o identity.KubeCluster) bool { return o.Name == k.Name })
+	if err := v.SetClusters([]identity.KubeCluster{k}); errors.Is(err, identity.ErrInvalid) {
+		return err
+	}
+	if v.SetClusters(others) != nil {
+		return nil // there is a fault already: it would be taken for this one's
+	}
+	if err := v.SetClusters(append(others, k)); errors.Is(err, identity.ErrInvalid) {
+		return err
+	}
+	return nil
 }
 
 // ListKubeClusters lists all on one page: there are few.

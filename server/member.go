@@ -39,9 +39,10 @@ func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*me
 	if _, err := s.cfg.Writes.UseJoinToken(ctx, s.cfg.Now(), node.HashSecret(req.Secret), identity.JoinServer); err != nil {
 		return nil, fmt.Errorf("admitting member %q: %w", req.Id, err)
 	}
-	// Only now: strangers are not told the members' names.
-	for _, m := range s.cfg.State.Members() {
-		if m.ID == req.Id && m.Address != req.Address {
+	// Only now: strangers are not told the members' names. One that has a vote has promised things that a newcomer with an
+	// empty log does not know of, so it cannot be the same member again. Without a vote it never came up: let it try again.
+	for _, m := range s.cfg.Cluster.Members() {
+		if m.ID == req.Id && (m.Voter || m.Address != req.Address) {
 			return nil, fmt.Errorf("admitting member %q: %w: there is one at %s: choose another name; the token is spent", req.Id, identity.ErrExists, m.Address)
 		}
 	}

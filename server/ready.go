@@ -57,16 +57,18 @@ func (s *Server) refreshHealth() {
 func (s *Server) watchReady(ctx context.Context) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	was := error(nil)
+	var was error
 	for first := true; ; first = false {
 		s.refreshHealth()
 		err := s.Ready()
 		switch {
 		case err != nil && (was == nil || first):
 			s.cfg.Log.Warn("this member does not issue", "error", err)
-			s.hub.endAll(err, false)
 		case err == nil && (was != nil || first):
 			s.cfg.Log.Info("this member issues")
+		}
+		if err != nil { // every time: streams may have come in while this was not looking
+			s.hub.endAll(err, false)
 		}
 		was = err
 		select {

@@ -57,6 +57,7 @@ type world struct {
 	log      *lockedBuffer
 	ahead    atomic.Int64 // of the server's clock
 	stale    atomic.Int64
+	acks     atomic.Uint64 // see syncer.settle
 	added    chan identity.Member
 	kept     atomic.Int64
 	stop     context.CancelFunc
