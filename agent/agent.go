@@ -70,7 +70,7 @@ type Config struct {
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 }
 
-// Agent is a node agent. Its methods may be called at any time, before and after Run too.
+// Agent is a node agent. Its methods may be called at any time; callers who want an identity wait for Run.
 type Agent struct {
 	cfg   Config
 	log   *slog.Logger
@@ -87,6 +87,7 @@ type Agent struct {
 	jwts   *lru.Cache[jwtKey, jwtAnswer]
 	jwtGo  singleflight.Group
 	keygen chan struct{} // bounds the keys being made at once
+	loaded chan struct{} // closed once the state dir has been read: callers wait for it
 }
 
 // New checks the configuration and starts nothing. Every fault is in the error.
@@ -113,7 +114,7 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log, keygen: make(chan struct{}, keysAtOnce())}
+	a := &Agent{cfg: cfg, log: cfg.Log, keygen: make(chan struct{}, keysAtOnce()), loaded: make(chan struct{})}
 	if err := a.firstTrust(); err != nil {
 		errs = append(errs, err)
 	}
@@ -160,7 +161,7 @@ func (a *Agent) firstTrust() error {
 	return nil
 }
 
-// Run does the agent's work until ctx ends. It returns nil then, or at once an error that no waiting would mend: the state
+// Run does the agent's work until ctx ends; it is called once. It returns nil then, or at once an error that no waiting would mend: the state
 // dir cannot be used, or a join token was refused and there is nothing to serve.
 func (a *Agent) Run(ctx context.Context) error {
 	if a.state != nil {
@@ -171,6 +172,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		defer unlock.Close()
 		a.restore(time.Now())
 	}
+	close(a.loaded)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.runLink(ctx) })
 	g.Go(func() error { return a.runTimers(ctx) })

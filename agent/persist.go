@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -28,7 +30,10 @@ func (a *Agent) restore(now time.Time) {
 		}
 		return // without a bundle nothing else can be checked
 	}
-	t, members, err := parseTrust(data)
+	t, anchor, members, err := parseTrust(data)
+	if err == nil && anchor != a.anchor() && !a.vouched(t) {
+		err = fmt.Errorf("%w: the configured pin or bundle is not the one that it started from, and does not vouch for it: the agent starts anew", identity.ErrInvalid)
+	}
 	if err == nil && !a.cfg.TrustDomain.IsZero() && t.td != a.cfg.TrustDomain {
 		err = fmt.Errorf("%w: it is of trust domain %q, the agent is configured for %q", identity.ErrInvalid, t.td, a.cfg.TrustDomain)
 	}
@@ -76,6 +81,32 @@ func (a *Agent) restore(now time.Time) {
 	}
 }
 
+// anchor names what the operator configured to verify members by. As long as that stays the same, the newest bundle counts
+// and not it: the authority it names may have been rotated out long since.
+func (a *Agent) anchor() string {
+	if a.cfg.Bundle == nil {
+		return a.cfg.Pin
+	}
+	h := sha256.New()
+	for _, der := range a.cfg.Bundle.X509 {
+		fmt.Fprintf(h, "%d:%s", len(der), der)
+	}
+	return a.cfg.Pin + " " + hex.EncodeToString(h.Sum(nil))
+}
+
+// vouched reports whether what is configured now vouches for a bundle.
+func (a *Agent) vouched(t *trust) bool {
+	if a.cfg.Bundle != nil && sharesAuthority(a.cfg.Bundle, t.own) {
+		return true
+	}
+	certs, err := parseChain(t.own.X509)
+	if err != nil || a.cfg.Pin == "" {
+		return false
+	}
+	_, err = pinnedRoot(certs, a.cfg.Pin)
+	return err == nil
+}
+
 func (a *Agent) restoreWorkload(path string, t *trust, now time.Time) error {
 	data, err := durable.ReadPrivateFile(path, maxStateSVID)
 	if err != nil {
@@ -97,13 +128,10 @@ func (a *Agent) restoreWorkload(path string, t *trust, now time.Time) error {
 	return nil
 }
 
-// restore puts a workload in place. A caller that came meanwhile with an answer of its own wins.
+// restore puts a workload in place.
 func (c *cache) restore(s *savedWorkload, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.byKey[s.key] != nil {
-		return
-	}
 	w := c.add(s.key)
 	w.svids, w.selectors = s.svids, s.selectors
 	for i := range w.svids {
@@ -189,7 +217,7 @@ func (a *Agent) persistDirty() {
 		if m := a.members.Load(); m != nil {
 			members = *m
 		}
-		data, err := encodeTrust(t, members)
+		data, err := encodeTrust(t, a.anchor(), members)
 		write(a.state.trust(), data, err)
 	}
 	if o := a.own.Load(); own && o != nil {

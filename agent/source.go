@@ -94,6 +94,11 @@ func (a *Agent) fetch(ctx context.Context, wl *attestor.Workload) (*workload, er
 	if err := checkEvidence(&wl.Evidence); err != nil {
 		return nil, err
 	}
+	select {
+	case <-a.loaded:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	now := time.Now()
 	w, f, mine := a.cache.find(wl.Key, now, a.link.why() != nil)
 	if f == nil {

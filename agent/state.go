@@ -86,6 +86,7 @@ type ownFile struct {
 
 type trustFile struct {
 	Version int          `json:"version"`
+	Anchor  string       `json:"anchor"` // what first vouched for it, see Agent.anchor
 	Own     bundleJSON   `json:"own"`
 	Others  []bundleJSON `json:"others"`
 	Members []string     `json:"members"`
@@ -145,31 +146,31 @@ func (b *bundleJSON) bundle() (*identity.Bundle, error) {
 }
 
 // encodeTrust and parseTrust are each other's inverse.
-func encodeTrust(t *trust, members []string) ([]byte, error) {
-	f := trustFile{Version: stateVersion, Own: bundleToJSON(t.own), Members: members}
+func encodeTrust(t *trust, anchor string, members []string) ([]byte, error) {
+	f := trustFile{Version: stateVersion, Anchor: anchor, Own: bundleToJSON(t.own), Members: members}
 	for _, b := range t.federated() {
 		f.Others = append(f.Others, bundleToJSON(b))
 	}
 	return json.Marshal(f)
 }
 
-func parseTrust(data []byte) (t *trust, members []string, err error) {
+func parseTrust(data []byte) (t *trust, anchor string, members []string, err error) {
 	var f trustFile
 	if err := decode(data, &f, func(f *trustFile) int { return f.Version }); err != nil {
-		return nil, nil, err
+		return nil, "", nil, err
 	}
 	own, err := f.Own.bundle()
 	if err != nil {
-		return nil, nil, err
+		return nil, "", nil, err
 	}
 	others := make([]*identity.Bundle, len(f.Others))
 	for i := range f.Others {
 		if others[i], err = f.Others[i].bundle(); err != nil {
-			return nil, nil, err
+			return nil, "", nil, err
 		}
 	}
 	t, err = newTrust(nil, own.TrustDomain, own, others)
-	return t, f.Members, err
+	return t, f.Anchor, f.Members, err
 }
 
 // encodeOwn and parseOwn are each other's inverse.

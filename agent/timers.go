@@ -71,12 +71,12 @@ func (c *cache) expire(now time.Time) (renew []*workload) {
 	for len(c.timers) > 0 && !now.Before(c.timers[0].due) {
 		w := c.timers[0]
 		if len(w.svids) > 0 && !now.Before(w.expires()) {
-			w.svids = slices.DeleteFunc(slices.Clone(w.svids), func(s identity.X509SVID) bool { return !now.Before(s.NotAfter) })
-			w.update = nil
-			if len(w.svids) == 0 {
+			rest := slices.DeleteFunc(slices.Clone(w.svids), func(s identity.X509SVID) bool { return !now.Before(s.NotAfter) })
+			if len(rest) == 0 {
 				c.drop(w, fmt.Errorf("%w: the SVID has expired and no member could renew it", identity.ErrUnavailable))
 				continue
 			}
+			w.svids, w.update = rest, nil
 			c.watch(w.handle)
 			c.save(w.key)
 			c.tell(w)
