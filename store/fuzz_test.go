@@ -71,9 +71,6 @@ func FuzzCommand(f *testing.F) {
 // What Restore accepts it gives back, byte for byte; anything else changes nothing.
 func FuzzRestore(f *testing.F) {
 	needSeeds(f)
-	good := snapshotOf(f, filled(f))
-	f.Add(good)
-	f.Add(good[:len(good)/2])
 	s := openAt(f, stateDir(f))
 	f.Fuzz(func(t *testing.T, raw []byte) { fuzzRestore(t, s, raw) })
 }
