@@ -65,9 +65,6 @@ func fetchX509(w *workload) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), w.timeout)
 			defer cancel()
-			if err := w.out.Check(); err != nil {
-				return err
-			}
 			show := func(x *workloadapi.X509Context) error {
 				if dir != "" {
 					if err := writeX509(dir, x); err != nil {
@@ -107,9 +104,6 @@ func fetchJWT(w *workload) *cobra.Command {
 		Example: `  countersign-agent fetch jwt --audience reports
   countersign-agent fetch jwt --audience reports -o json`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := w.out.Check(); err != nil {
-				return err
-			}
 			if len(audience) == 0 {
 				return fmt.Errorf("%w: --audience is needed: who is to accept the token", identity.ErrInvalid)
 			}

@@ -36,9 +36,6 @@ func (w *workload) flags(cmd *cobra.Command) {
 
 // connect opens a client and calls f; errors of the Workload API come back as sentinels.
 func (w *workload) connect(ctx context.Context, f func(*workloadapi.Client) error) error {
-	if err := w.out.Check(); err != nil {
-		return err
-	}
 	addr, err := endpoint(w.endpoint)
 	if err != nil {
 		return err

@@ -19,22 +19,30 @@ import (
 	"countersign.io/countersign/identity"
 )
 
-// Output is the -o flag's value.
+// Output is the -o flag: parsing refuses an unknown format, before any work is done.
 type Output struct{ format string }
 
 // Flag adds -o to a command.
 func (o *Output) Flag(cmd *cobra.Command) {
-	cmd.PersistentFlags().StringVarP(&o.format, "output", "o", "table", "output format: table, json or yaml")
+	o.format = "table"
+	cmd.PersistentFlags().VarP(o, "output", "o", "output format: table, json or yaml")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
-// Check refuses an unknown format before any work is done.
-func (o *Output) Check() error {
-	switch o.format {
+// String is the format.
+func (o *Output) String() string { return o.format }
+
+// Type names the flag's values in a command's help.
+func (o *Output) Type() string { return "format" }
+
+// Set takes the flag's value.
+func (o *Output) Set(format string) error {
+	switch format {
 	case "table", "json", "yaml":
+		o.format = format
 		return nil
 	}
-	return fmt.Errorf("%w: -o %q: want table, json or yaml", identity.ErrInvalid, o.format)
+	return errors.New("want table, json or yaml")
 }
 
 // Table is a human answer: a header and rows.
@@ -143,14 +151,48 @@ func Execute(root *cobra.Command, args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	root.SilenceErrors = true
 	root.SilenceUsage = true
-	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return fmt.Errorf("%w: %v: see %s --help", identity.ErrInvalid, err, c.CommandPath())
-	})
+	root.SetFlagErrorFunc(usage)
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd(args...)
+	strict(root)
 	err := root.Execute()
 	if err != nil {
 		fmt.Fprintf(stderr, "%s: %v\n", root.Name(), err)
 	}
 	return ExitCode(err)
+}
+
+func usage(c *cobra.Command, err error) error {
+	return fmt.Errorf("%w: %v: see %s --help", identity.ErrInvalid, err, c.CommandPath())
+}
+
+// strict makes every fault of the command line a usage error. Cobra by itself answers a mistyped subcommand with the
+// group's help and success, which a script takes for done.
+func strict(c *cobra.Command) {
+	if c.HasSubCommands() && !c.Runnable() {
+		c.Args, c.DisableFlagsInUseLine, c.SuggestionsMinimumDistance = cobra.ArbitraryArgs, true, 2
+		c.RunE = func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return c.Help()
+			}
+			msg := fmt.Sprintf("unknown command %q", args[0])
+			if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+				msg += ", perhaps " + strings.Join(near, " or ")
+			}
+			return usage(c, errors.New(msg))
+		}
+	}
+	if check := c.Args; check != nil {
+		c.Args = func(c *cobra.Command, args []string) error {
+			if err := check(c, args); err != nil {
+				return usage(c, err)
+			}
+			return nil
+		}
+	}
+	for _, sub := range c.Commands() {
+		strict(sub)
+	}
 }
 
 // JSON reports whether machine-readable lines are wanted of a command that streams.
