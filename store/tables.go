@@ -35,15 +35,26 @@ const (
 	kindMember
 )
 
-// tables are the bbolt buckets whose contents are the state, by kind. Keys are what check returns for the value.
-func tables() map[kind][]byte {
-	return map[kind][]byte{
-		kindEntry: []byte("entries"), kindKubeCluster: []byte("kube_clusters"), kindJoinToken: []byte("join_tokens"),
-		kindAgent: []byte("agents"), kindAuthority: []byte("authorities"), kindMember: []byte("members"),
+// bucket is where the kind's records are, by the key that the loader's check returns for each.
+func (k kind) bucket() []byte {
+	switch k {
+	case kindEntry:
+		return []byte("entries")
+	case kindKubeCluster:
+		return []byte("kube_clusters")
+	case kindJoinToken:
+		return []byte("join_tokens")
+	case kindAgent:
+		return []byte("agents")
+	case kindAuthority:
+		return []byte("authorities")
+	case kindMember:
+		return []byte("members")
 	}
+	return nil
 }
 
-// kinds are the tables' kinds in the order of snapshots.
+// kinds are those of the tables, whose contents are the state, in the order of snapshots.
 func kinds() []kind {
 	return []kind{kindEntry, kindKubeCluster, kindJoinToken, kindAgent, kindAuthority, kindMember}
 }
@@ -71,8 +82,8 @@ const tokenMemory = 24 * time.Hour
 
 func createBuckets(tx *bbolt.Tx) error {
 	names := [][]byte{[]byte(bucketMeta), []byte(bucketRules), []byte(bucketTokenIDs), []byte(bucketExpiry)}
-	for _, name := range tables() {
-		names = append(names, name)
+	for _, k := range kinds() {
+		names = append(names, k.bucket())
 	}
 	for _, name := range names {
 		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
@@ -86,7 +97,7 @@ func createBuckets(tx *bbolt.Tx) error {
 // that the file is damaged or the disk fails.
 type state struct{ tx *bbolt.Tx }
 
-func (t state) table(k kind) *bbolt.Bucket { return t.tx.Bucket(tables()[k]) }
+func (t state) table(k kind) *bbolt.Bucket { return t.tx.Bucket(k.bucket()) }
 
 // get returns nil when there is no such key.
 func get[T any](t state, k kind, key string) (*T, error) {
@@ -96,7 +107,7 @@ func get[T any](t state, k kind, key string) (*T, error) {
 	}
 	v := new(T)
 	if err := decodeStrict(raw, v); err != nil {
-		return nil, fmt.Errorf("reading %s %q: %w", tables()[k], key, err)
+		return nil, fmt.Errorf("reading %s %q: %w", k.bucket(), key, err)
 	}
 	return v, nil
 }
@@ -237,7 +248,7 @@ func all[T any](t state, k kind) ([]*T, error) {
 	err := t.table(k).ForEach(func(key, raw []byte) error {
 		v := new(T)
 		if err := decodeStrict(raw, v); err != nil {
-			return fmt.Errorf("reading %s %q: %w", tables()[k], key, err)
+			return fmt.Errorf("reading %s %q: %w", k.bucket(), key, err)
 		}
 		out = append(out, v)
 		return nil
