@@ -43,6 +43,7 @@ func CheckPublicKey(pub crypto.PublicKey) error {
 		if pub == nil || pub.Curve != elliptic.P256() && pub.Curve != elliptic.P384() {
 			return fmt.Errorf("%w: public key: ECDSA keys must be on P-256 or P-384", identity.ErrInvalid)
 		}
+		//lint:ignore SA1019 only whether they are there: Bytes panics when they are not
 		if pub.X == nil || pub.Y == nil {
 			return fmt.Errorf("%w: public key: the ECDSA key has no point", identity.ErrInvalid)
 		}

@@ -1,5 +1,7 @@
 package ca
 
+//lint:file-ignore SA1019 keys that no library would make are made here on purpose
+
 import (
 	"bytes"
 	"crypto"

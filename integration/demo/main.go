@@ -41,7 +41,6 @@ type stage struct {
 	start time.Time
 	c     *cluster.Cluster
 	pods  []*pod
-	kept  bool
 }
 
 func (s *stage) say(what, format string, args ...any) {
