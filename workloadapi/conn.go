@@ -14,7 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
@@ -128,20 +127,11 @@ func (c *conn) Read(b []byte) (int, error) {
 	}
 }
 
-// tapCall counts a call before anything is done for it, so that calls reset at once are paid for too, and gives
-// those that are no streams a deadline, so that one whose request never comes ends. It must not refuse: gRPC
-// forgets to free the context of a call that a tap refuses until the connection ends.
-func tapCall(ctx context.Context, info *tap.Info) (context.Context, error) {
-	c, ok := connOf(ctx)
-	if !ok {
-		return ctx, nil
-	}
-	c.debt += workOfCall
-	switch info.FullMethodName {
-	case workload.SpiffeWorkloadAPI_FetchJWTSVID_FullMethodName, workload.SpiffeWorkloadAPI_ValidateJWTSVID_FullMethodName:
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, c.server.callTimeout)
-		_ = cancel // the end of the call cancels what ctx comes from
+// tapCall counts a call before anything is done for it, so that calls reset at once are paid for too. It must
+// not refuse: gRPC forgets to free the context of a call that a tap refuses until the connection ends.
+func tapCall(ctx context.Context, _ *tap.Info) (context.Context, error) {
+	if c, ok := connOf(ctx); ok {
+		c.debt += workOfCall
 	}
 	return ctx, nil
 }

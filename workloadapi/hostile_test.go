@@ -2,6 +2,7 @@ package workloadapi
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +22,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"countersign.io/countersign/attestor"
 )
 
 // raw is a client that speaks HTTP/2 as badly as it wants.
@@ -174,7 +177,8 @@ func TestHostileUser(t *testing.T) {
 	eventually(t, "the user has what is its", func() bool {
 		f.server.admit.mu.Lock()
 		defer f.server.admit.mu.Unlock()
-		return f.server.admit.shares["user:5"].held[connections] == 10
+		s := f.server.admit.shares["user:5"]
+		return s != nil && s.held[connections] == 10
 	})
 	served()
 }
@@ -385,11 +389,9 @@ func TestHostileHalfOpen(t *testing.T) {
 	f.gone("attacker", before+10)
 }
 
-// The server hangs up on who does not say what it came for, and gives up a call whose request does not come.
+// The server hangs up on who does not say what it came for.
 func TestHalfOpenEnds(t *testing.T) {
-	f := start(t, func(s *setup) {
-		s.tune = func(s *Server) { s.handshakeTimeout, s.callTimeout = time.Second, 50*time.Millisecond }
-	})
+	f := start(t, func(s *setup) { s.tune = func(s *Server) { s.handshakeTimeout = time.Second } })
 	c, err := f.dial("attacker")
 	if err != nil {
 		t.Fatal(err)
@@ -401,13 +403,36 @@ func TestHalfOpenEnds(t *testing.T) {
 		t.Error("a connection with half a preface stays open")
 	}
 	eventually(t, "it is not counted any more", func() bool { return f.held("attacker") == [kinds]int{} })
+}
+
+// Calls without a request count like any other.
+func TestHostileCallsWithoutRequest(t *testing.T) {
+	f := start(t, withLimits(Limits{Caller: Quota{Streams: 20}}))
+	served := f.victim()
 	before := runtime.NumGoroutine()
-	r := f.raw("attacker")
-	for range 20 {
-		r.must(r.open("FetchJWTSVID"))
+	for range 10 {
+		r := f.raw("attacker")
+		for range 10 {
+			r.must(r.open("FetchJWTSVID"))
+			r.must(r.open("FetchX509SVID"))
+		}
 	}
-	eventually(t, "the connection is open", func() bool { return f.held("attacker")[connections] == 1 })
-	eventually(t, "the calls have ended", func() bool { return runtime.NumGoroutine() <= before+5 })
+	eventually(t, "the limit is reached", func() bool { return f.held("attacker") == [kinds]int{10, 20} })
+	eventually(t, "what is over it has ended", func() bool { return runtime.NumGoroutine() <= before+10*4+20 })
+	_, err := f.client("attacker").FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+	wantCode(t, err, codes.Unavailable)
+	served()
+}
+
+// A source that does not answer is given up.
+func TestCallTimeout(t *testing.T) {
+	f := start(t, func(s *setup) { s.tune = func(s *Server) { s.callTimeout = 50 * time.Millisecond } })
+	f.server.source = sourceFunc(func(ctx context.Context, _ attestor.Func) error {
+		<-ctx.Done()
+		return fmt.Errorf("waiting for a member: %w", ctx.Err())
+	})
+	_, err := f.client("web").FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+	wantCode(t, err, codes.DeadlineExceeded)
 }
 
 func TestHostileHeaders(t *testing.T) {

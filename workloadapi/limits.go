@@ -14,7 +14,7 @@ import (
 // Quota is how much may be held at one time.
 type Quota struct {
 	Connections int
-	Streams     int // calls under way, streams included
+	Streams     int // calls under way, also those whose request has not come
 }
 
 // Limits bound what callers can hold and cause. A caller is a pod, once its connection is attested, and before
@@ -30,7 +30,7 @@ type Limits struct {
 	CallsPerSecond int
 }
 
-// DefaultLimits suits a node of some hundred pods. In the worst case one caller holds about 10 MiB.
+// DefaultLimits suits a node of some hundred pods. In the worst case one caller holds some 10 MiB.
 func DefaultLimits() Limits {
 	return Limits{
 		Caller:         Quota{Connections: 64, Streams: 256},

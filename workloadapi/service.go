@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -144,22 +145,28 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	return &workload.ValidateJWTSVIDResponse{SpiffeId: id.String(), Claims: fields}, nil
 }
 
-// unary is around every unary call.
-func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	held, err := s.begin(ctx)
-	if err != nil {
-		return nil, s.status(info.FullMethod, err)
+// serviceDesc is the Workload API's with its unary methods served as streams of one message, which is the same on
+// the wire. For a unary method gRPC asks no interceptor before it waits for the request, which may never come.
+func (s *Server) serviceDesc() *grpc.ServiceDesc {
+	d := workload.SpiffeWorkloadAPI_ServiceDesc
+	d.Streams = slices.Clone(d.Streams)
+	for _, m := range d.Methods {
+		d.Streams = append(d.Streams, grpc.StreamDesc{StreamName: m.MethodName, ServerStreams: true, Handler: func(srv any, stream grpc.ServerStream) error {
+			ctx, cancel := context.WithTimeout(stream.Context(), s.callTimeout)
+			defer cancel()
+			resp, err := m.Handler(srv, ctx, stream.RecvMsg, nil)
+			if err != nil {
+				return err
+			}
+			return stream.SendMsg(resp)
+		}})
 	}
-	defer s.admit.release(held, streams)
-	resp, err := handler(ctx, req)
-	if err != nil {
-		return nil, s.status(info.FullMethod, err)
-	}
-	return resp, nil
+	d.Methods = nil
+	return &d
 }
 
-// stream is around every streaming call, reflection included.
-func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+// call is around every call, reflection included.
+func (s *Server) call(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	held, err := s.begin(stream.Context())
 	if err != nil {
 		return s.status(info.FullMethod, err)

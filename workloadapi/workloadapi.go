@@ -100,7 +100,7 @@ const (
 	pingAfter        = 2 * time.Minute  // without a word from a client: is it there, and reading?
 	pingTimeout      = 20 * time.Second
 	idleTimeout      = 30 * time.Minute // of a connection without a stream
-	callTimeout      = 30 * time.Second // of a unary call, from its header on, and of an attestation
+	callTimeout      = 30 * time.Second // of a call that is no stream, and of an attestation
 	drainTimeout     = 3 * time.Second  // for clients to take their last message when the agent stops
 )
 
@@ -193,8 +193,7 @@ func (s *Server) grpcServer() *grpc.Server {
 		grpc.Creds(peerCredentials{}),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.InTapHandle(tapCall),
-		grpc.ChainUnaryInterceptor(s.unary),
-		grpc.ChainStreamInterceptor(s.stream),
+		grpc.StreamInterceptor(s.call),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(streamsPerConn),
@@ -209,7 +208,7 @@ func (s *Server) grpcServer() *grpc.Server {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingAfter, Timeout: pingTimeout, MaxConnectionIdle: idleTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	)
-	workload.RegisterSpiffeWorkloadAPIServer(g, s)
+	g.RegisterService(s.serviceDesc(), s)
 	reflection.Register(g) // Workload Endpoint section 7
 	return g
 }
