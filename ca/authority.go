@@ -136,6 +136,7 @@ func newAuthority(a identity.Authority, pub crypto.PublicKey, priv crypto.Privat
 func forget(key crypto.PrivateKey) {
 	switch key := key.(type) {
 	case *ecdsa.PrivateKey:
+		//lint:ignore SA1019 there is no other way to clear it
 		clear(key.D.Bits())
 	case *rsa.PrivateKey:
 		clear(key.D.Bits())

@@ -130,6 +130,7 @@ func TestForgetClearsKeys(t *testing.T) {
 	ec, rs := newP256(t), newRSA(t, 2048)
 	forget(ec)
 	forget(rs)
+	//lint:ignore SA1019 to see that it is cleared
 	for _, n := range append([]interface{ Bytes() []byte }{ec.D, rs.D}, rs.Primes[0], rs.Primes[1]) {
 		if b := n.Bytes(); len(bytes.Trim(b, "\x00")) != 0 {
 			t.Errorf("%d bytes of the key are left", len(b))

@@ -196,12 +196,6 @@ func newFakeAPI(t testing.TB) *fakeAPI {
 	return f
 }
 
-func (f *fakeAPI) publish(b []byte) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.jwks = func(w http.ResponseWriter, r *http.Request) { w.Write(b) }
-}
-
 func (f *fakeAPI) caPEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.Certificate().Raw})
 }
