@@ -144,7 +144,7 @@ func (d *dev) prepare(ctx context.Context, socket, tokenFile string) error {
 		}
 	}
 	_, err = c.CreateEntry(ctx, &adminv1.Entry{
-		SpiffeId: "spiffe://" + d.trustDomain + "/user/" + name,
+		SpiffeId:  "spiffe://" + d.trustDomain + "/user/" + name,
 		Selectors: []string{"unix:uid:" + strconv.Itoa(os.Getuid()), "agent:kind:join_token"},
 	})
 	if err = api.FromStatus(err); err != nil && !errors.Is(err, identity.ErrExists) {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -75,6 +76,9 @@ type member struct {
 	node    *raft.Node
 	server  *server.Server
 	closers []io.Closer
+
+	popRoots *x509.CertPool
+	serving  atomic.Pointer[server.Server] // set once there is one: health is asked for before
 }
 
 // runMember runs a member until ctx ends. ready, if not nil, is called once it can issue.
@@ -85,17 +89,20 @@ func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready fu
 			err = errors.Join(err, m.closers[i].Close())
 		}
 	}()
+	if err := m.listen(); err != nil {
+		return err
+	}
+	// Joining, and replaying a long log, take their time: the member is live meanwhile, and says that it is not ready.
+	m.run(ctx, func(ctx context.Context) error { return cli.ServeHealth(ctx, m.health, m.ready) })
 	if err := m.open(ctx); err != nil {
 		return err
 	}
 	// The port serves the others before raft starts, and until it has ended: they need it to agree that we leave.
-	portCtx, closePort := context.WithCancel(context.WithoutCancel(ctx))
-	portDone := make(chan error, 1)
-	go func() { portDone <- m.port.Run(portCtx) }()
-	m.closers = append(m.closers, closerFunc(func() error { closePort(); return <-portDone }))
+	m.run(context.WithoutCancel(ctx), m.port.Run)
 	if err := m.replicate(ctx); err != nil {
 		return err
 	}
+	m.serving.Store(m.server)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.server.Run(ctx) })
 	g.Go(func() error { return m.store.Run(ctx) })
@@ -108,7 +115,6 @@ func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready fu
 		})
 		return nil
 	})
-	g.Go(func() error { return cli.ServeHealth(ctx, m.health, m.server.Ready) })
 	if ready != nil {
 		g.Go(func() error { return m.whenReady(ctx, ready) })
 	}
@@ -120,11 +126,32 @@ type closerFunc func() error
 
 func (f closerFunc) Close() error { return f() }
 
-// open makes everything that needs no other member but for joining: ports first, so that one in use is said before a
-// join token is spent.
-func (m *member) open(ctx context.Context) error {
+// run runs f until ctx ends or the member closes.
+func (m *member) run(ctx context.Context, f func(context.Context) error) {
+	ctx, stop := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() { done <- f(ctx) }()
+	m.closers = append(m.closers, closerFunc(func() error { stop(); return <-done }))
+}
+
+// ready says why the member cannot issue now; nil if it can.
+func (m *member) ready() error {
+	if s := m.serving.Load(); s != nil {
+		return s.Ready()
+	}
+	return fmt.Errorf("%w: this member is starting", identity.ErrUnavailable)
+}
+
+// listen takes what this machine has one of: what is in use, or missing, is said before anything is changed or a join
+// token spent.
+func (m *member) listen() error {
 	c := m.c
 	var err error
+	if c.X509Pop.CAFile != "" {
+		if m.popRoots, err = loadRoots(c.X509Pop.CAFile); err != nil {
+			return err
+		}
+	}
 	if m.tcp, err = net.Listen("tcp", c.Listen); err != nil {
 		return fmt.Errorf("listening (listen: %s): %w: end what uses the port, or name another", c.Listen, err)
 	}
@@ -133,6 +160,20 @@ func (m *member) open(ctx context.Context) error {
 		return fmt.Errorf("listening for health (health: %s): %w: end what uses the port, or name another", c.Health, err)
 	}
 	m.closers = append(m.closers, ignoreClosed(m.health))
+	if err := os.MkdirAll(filepath.Dir(c.AdminSocket), 0o755); err != nil {
+		return fmt.Errorf("making the folder of admin_socket: %w", err)
+	}
+	if m.admin, err = server.ListenAdmin(c.AdminSocket); err != nil {
+		return err
+	}
+	m.closers = append(m.closers, ignoreClosed(m.admin))
+	return nil
+}
+
+// open makes everything that needs no other member but for joining.
+func (m *member) open(ctx context.Context) error {
+	c := m.c
+	var err error
 	if m.data, err = openDataDir(ctx, c); err != nil {
 		return err
 	}
@@ -152,17 +193,8 @@ func (m *member) open(ctx context.Context) error {
 		return err
 	}
 	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle}
-	if m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Log: m.log}); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(c.AdminSocket), 0o755); err != nil {
-		return fmt.Errorf("making the folder of admin_socket: %w", err)
-	}
-	if m.admin, err = server.ListenAdmin(c.AdminSocket); err != nil {
-		return err
-	}
-	m.closers = append(m.closers, ignoreClosed(m.admin))
-	return nil
+	m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Log: m.log})
+	return err
 }
 
 // lastAuthorities makes the CA able to show this member's certificate before there is any state.
@@ -225,12 +257,6 @@ func (m *member) replicate(ctx context.Context) error {
 		return err
 	}
 	m.closers = append(m.closers, m.node)
-	var popRoots *x509.CertPool
-	if c.X509Pop.CAFile != "" {
-		if popRoots, err = loadRoots(c.X509Pop.CAFile); err != nil {
-			return err
-		}
-	}
 	w := m.store.Writer(m.node)
 	m.server, err = server.New(server.Config{
 		TrustDomain: m.td, MemberID: c.Name, Version: version,
@@ -241,7 +267,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Cluster: server.Cluster{Staleness: m.node.Staleness, Members: m.members, AddMember: m.node.AddMember},
 		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
-		X509PopRoots: popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
+		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
 		Log: m.log,
 	})
 	return err

@@ -56,9 +56,10 @@ func Run(ctx context.Context, c *config.Agent, o Options) error {
 	if err != nil {
 		return err
 	}
+	defer api.Close() // harmless after its Run
 	health, err := net.Listen("tcp", c.Health)
 	if err != nil {
-		return fmt.Errorf("listening for health (health: %s): %w", c.Health, err)
+		return fmt.Errorf("listening for health (health: %s): %w: end what uses the port, or name another", c.Health, err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.Run(ctx) })
