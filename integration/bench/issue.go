@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/integration/cluster"
+)
+
+const (
+	callers  = 8
+	audience = "bench"
+	// tokenPool is how many pods take turns: more than can have had theirs within the time that a member could remember one.
+	tokenPool = 30000
+	batch     = 50
+)
+
+// issueLoad is what callers ask a member for. Its methods may be called from any goroutine.
+type issueLoad struct {
+	tokens []string
+	keys   [][]byte
+	next   atomic.Int64
+}
+
+func newIssueLoad(tokens []string) (*issueLoad, error) {
+	l := &issueLoad{tokens: tokens}
+	for range 64 {
+		_, public, err := cluster.NewKey()
+		if err != nil {
+			return nil, err
+		}
+		l.keys = append(l.keys, public)
+	}
+	return l, nil
+}
+
+func (l *issueLoad) evidence() *workloadv1.Evidence {
+	i := int(l.next.Add(1)) % len(l.tokens)
+	return &workloadv1.Evidence{Token: l.tokens[i], Selectors: []string{"unix:gid:1000", "unix:path:/usr/local/bin/web", "unix:uid:1000"}}
+}
+
+// x509 asks for n SVIDs in one call.
+func (l *issueLoad) x509(ctx context.Context, c workloadv1.WorkloadClient, n int) error {
+	req := &workloadv1.IssueX509Request{Requests: make([]*workloadv1.X509Request, n)}
+	for i := range req.Requests {
+		req.Requests[i] = &workloadv1.X509Request{Evidence: l.evidence(), PublicKey: l.keys[i%len(l.keys)]}
+	}
+	res, err := c.IssueX509(ctx, req)
+	if err != nil {
+		return err
+	}
+	if len(res.Results) != n {
+		return fmt.Errorf("%d results for %d requests", len(res.Results), n)
+	}
+	for _, r := range res.Results {
+		if r.Error != nil || len(r.Svids) == 0 {
+			return fmt.Errorf("no SVID: %s", r.Error.GetMessage())
+		}
+	}
+	return nil
+}
+
+func (l *issueLoad) jwt(ctx context.Context, c workloadv1.WorkloadClient) error {
+	res, err := c.IssueJWT(ctx, &workloadv1.IssueJWTRequest{Evidence: l.evidence(), Audience: []string{audience}})
+	if err == nil && len(res.Svids) != 1 {
+		err = fmt.Errorf("%d JWT-SVIDs", len(res.Svids))
+	}
+	return err
+}
+
+// perOp lets every connection call f, which does ops operations, for a while, and returns how many were done, the CPU time of
+// the process per operation in microseconds, and operations per second.
+func perOp[T any](ctx context.Context, pid int, d time.Duration, conns []T, ops int, f func(context.Context, T) error) (n int, cost, rate float64, err error) {
+	before, err := cpu(pid)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	start := time.Now()
+	var done atomic.Int64
+	var first atomic.Pointer[error]
+	var wg sync.WaitGroup
+	for _, c := range conns {
+		wg.Go(func() {
+			for time.Since(start) < d && first.Load() == nil {
+				if err := f(ctx, c); err != nil {
+					first.CompareAndSwap(nil, &err)
+					return
+				}
+				done.Add(int64(ops))
+			}
+		})
+	}
+	wg.Wait()
+	took := time.Since(start)
+	if p := first.Load(); p != nil {
+		return 0, 0, 0, *p
+	}
+	after, err := cpu(pid)
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	n = int(done.Load())
+	if n == 0 {
+		return 0, 0, 0, errors.New("nothing was done in time")
+	}
+	return n, us(after-before) / float64(n), float64(n) / took.Seconds(), nil
+}
+
+// issuance measures what an SVID costs the leader.
+func (b *bench) issuance(ctx context.Context, s *stage) error {
+	leader, err := s.leader(ctx)
+	if err != nil {
+		return err
+	}
+	tokens, err := s.pods(b.n(tokenPool, 5000))
+	if err != nil {
+		return err
+	}
+	load, err := newIssueLoad(tokens)
+	if err != nil {
+		return err
+	}
+	conns, stop, err := s.callers(ctx, leader, callers)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	for _, row := range []struct {
+		key, name string
+		ops       int
+		bar, moon float64
+		f         func(context.Context, workloadv1.WorkloadClient) error
+	}{
+		{"x509-batch", "MemberX509Batch50", batch, 250, 120, func(ctx context.Context, c workloadv1.WorkloadClient) error { return load.x509(ctx, c, batch) }},
+		{"x509-single", "MemberX509Single", 1, 400, 250, func(ctx context.Context, c workloadv1.WorkloadClient) error { return load.x509(ctx, c, 1) }},
+		{"jwt", "MemberJWT", 1, 250, 130, load.jwt},
+	} {
+		if !b.only.MatchString(row.key) {
+			continue
+		}
+		var costs, rates []float64
+		for i := range b.n(6, 3) {
+			n, cost, rate, err := perOp(ctx, s.c.Members[leader].PID(), 1500*time.Millisecond, conns, row.ops, row.f)
+			if err != nil {
+				return fmt.Errorf("%s: %w", row.key, err)
+			}
+			if i == 0 { // connections, caches and the heap's size settle in the first
+				continue
+			}
+			b.sample(row.name, n, cost, "cpu-us/op", rate, "op/s")
+			costs, rates = append(costs, cost), append(rates, rate)
+		}
+		c, r := spreadOf(costs), b.result(row.key)
+		r.add(check{got: c.p50, bar: row.bar, moonshot: row.moon}, "%.0f us", c.p50)
+		r.note("%.0f to %.0f us in %d samples; %.0f a second from one member", c.min, c.max, len(costs), spreadOf(rates).p50)
+	}
+	return nil
+}

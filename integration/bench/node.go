@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"countersign.io/countersign/agent"
+	"countersign.io/countersign/attestor"
+	"countersign.io/countersign/attestor/node"
+	"countersign.io/countersign/identity"
+	"countersign.io/countersign/integration/cluster"
+)
+
+const identities = 5000
+
+// evidenceOf attests a made-up caller: what an attestor finds at a pod's process, with the token from read.
+func evidenceOf(name string, read func() ([]byte, error)) attestor.Func {
+	key := sha256.Sum256([]byte(name))
+	w := attestor.Workload{Key: hex.EncodeToString(key[:]), PodUID: name}
+	w.Evidence.Selectors = []identity.Selector{"unix:gid:1000", "unix:path:/usr/local/bin/web", "unix:uid:1000"}
+	return func(context.Context) (*attestor.Workload, error) {
+		token, err := read()
+		if err != nil {
+			return nil, fmt.Errorf("%w: reading the token: %v", identity.ErrUnavailable, err)
+		}
+		out := w
+		out.Evidence.Token = token
+		return &out, nil
+	}
+}
+
+// playNode is a node agent whose callers are made up: their tokens are files of one folder. It says how many seconds passed
+// until all had an SVID, and goes on until it is ended.
+func playNode(ctx context.Context, args []string, stdout io.Writer) error {
+	flags := flag.NewFlagSet("play-node", flag.ContinueOnError)
+	join := flags.String("join", "", "file of the join token")
+	tokens := flags.String("tokens", "", "folder of the callers' tokens")
+	state := flags.String("state", "", "state folder")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	raw, err := os.ReadFile(*join)
+	if err != nil {
+		return fmt.Errorf("reading the join token: %w", err)
+	}
+	t, err := node.ParseToken(strings.TrimSpace(string(raw)))
+	if err != nil {
+		return err
+	}
+	files, err := os.ReadDir(*tokens)
+	if err != nil {
+		return fmt.Errorf("reading the tokens: %w", err)
+	}
+	begin := time.Now()
+	a, err := agent.New(agent.Config{Servers: t.Addresses, Pin: t.Pin, Credential: agent.JoinToken(t.Secret), StateDir: *state})
+	if err != nil {
+		return err
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- a.Run(ctx) }()
+	var live atomic.Int64
+	all := make(chan struct{})
+	for _, f := range files {
+		path := filepath.Join(*tokens, f.Name())
+		attest := evidenceOf(f.Name(), func() ([]byte, error) { return os.ReadFile(path) })
+		go func() {
+			first := true
+			err := a.Updates(ctx, attest, func(u *identity.Update) error {
+				if first && live.Add(1) == int64(len(files)) {
+					close(all)
+				}
+				first = false
+				return nil
+			})
+			if ctx.Err() == nil {
+				fmt.Fprintf(os.Stderr, "caller %s: %v\n", f.Name(), err)
+			}
+		}()
+	}
+	select {
+	case <-all:
+	case err := <-failed:
+		return err
+	}
+	if _, err := fmt.Fprintln(stdout, time.Since(begin).Seconds()); err != nil {
+		return err
+	}
+	return <-failed
+}
+
+// lineWriter hands out what a child prints, line by line.
+type lineWriter struct {
+	rest  string
+	lines chan string
+}
+
+// Write is called by one goroutine, the one that reads the child's pipe.
+func (w *lineWriter) Write(p []byte) (int, error) {
+	w.rest += string(p)
+	for {
+		line, rest, ok := strings.Cut(w.rest, "\n")
+		if !ok {
+			return len(p), nil
+		}
+		w.rest = rest
+		select {
+		case w.lines <- line:
+		default: // nobody will read so many
+		}
+	}
+}
+
+// agentStart measures an agent of 5,000 pods: how long until all have their SVIDs, and how much memory it holds then.
+func (b *bench) agentStart(ctx context.Context, s *stage) error {
+	tokens := filepath.Join(s.c.Dir, "pods")
+	if err := os.Mkdir(tokens, 0o700); err != nil {
+		return fmt.Errorf("making a folder: %w", err)
+	}
+	for i := range identities {
+		token, err := s.iss.Token("shop", fmt.Sprintf("app-%d", i), "node-1")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(tokens, fmt.Sprintf("pod-%d", i)), []byte(token), 0o600); err != nil {
+			return fmt.Errorf("writing a token: %w", err)
+		}
+	}
+	rounds := b.n(3, 1)
+	var took []float64
+	for i := range rounds {
+		seconds, m, err := s.startNode(ctx, tokens, i, i == rounds-1 && b.only.MatchString("agent-memory"))
+		if err != nil {
+			return err
+		}
+		took = append(took, seconds)
+		b.sample("AgentStart5000", identities, seconds, "s")
+		if m.rss > 0 {
+			b.sample("AgentMemory5000Identities", identities, m.rss, "rss-MiB", m.anon, "anon-MiB", m.peak, "peak-MiB")
+			r := b.result("agent-memory")
+			r.add(check{got: m.rss, bar: 60, moonshot: 40}, "5,000: %.0f MiB", m.rss)
+			r.note("5,000 identities, 10 s after the last was had: %.1f MiB, of which %.1f are its own; peak %.1f MiB", m.rss, m.anon, m.peak)
+		}
+	}
+	if b.only.MatchString("agent-start") {
+		t, r := spreadOf(took), b.result("agent-start")
+		r.add(check{got: t.p50, bar: 2.5, moonshot: 1}, "%.1f s", t.p50)
+		r.note("%.1f to %.1f s of %d starts, the agent, the member and its callers sharing the cores", t.min, t.max, len(took))
+	}
+	return nil
+}
+
+// startNode runs playNode once. With rest, it looks at its memory a while later.
+func (s *stage) startNode(ctx context.Context, tokens string, round int, rest bool) (seconds float64, m memory, err error) {
+	raw, err := s.c.Admin(ctx, "token", "create", "--agent", "--kube-node", kubeCluster+"/node-1")
+	if err != nil {
+		return 0, m, err
+	}
+	name := "many-" + strconv.Itoa(round)
+	join := filepath.Join(s.c.Dir, name+".join")
+	if err := os.WriteFile(join, []byte(raw), 0o600); err != nil {
+		return 0, m, fmt.Errorf("writing the join token: %w", err)
+	}
+	state := cluster.StateDir(s.c.Dir, name)
+	if state == "none" {
+		state = ""
+	} else {
+		defer os.RemoveAll(state)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return 0, m, fmt.Errorf("finding this program: %w", err)
+	}
+	out := &lineWriter{lines: make(chan string, 64)}
+	p, err := s.c.Start(name, nil, out, self, "play-node", "-join", join, "-tokens", tokens, "-state", state)
+	if err != nil {
+		return 0, m, err
+	}
+	defer p.Stop()
+	timeout := time.NewTimer(90 * time.Second)
+	defer timeout.Stop()
+	select {
+	case line := <-out.lines:
+		if seconds, err = strconv.ParseFloat(line, 64); err != nil {
+			return 0, m, fmt.Errorf("the agent said: %s", line)
+		}
+	case <-p.Done():
+		return 0, m, errors.New("the agent ended")
+	case <-timeout.C:
+		return 0, m, errors.New("not all callers had an SVID after 90 s")
+	case <-ctx.Done():
+		return 0, m, ctx.Err()
+	}
+	if rest {
+		pause(ctx, 10*time.Second)
+		m, err = memoryOf(p.PID())
+	}
+	return seconds, m, err
+}
+
+// memberMemory looks at members that have nothing to do, right after they have come up.
+func (b *bench) memberMemory(ctx context.Context, s *stage) error {
+	pause(ctx, time.Duration(b.n(10, 4))*time.Second)
+	var all []float64
+	for _, m := range s.c.Members {
+		x, err := memoryOf(m.PID())
+		if err != nil {
+			return err
+		}
+		b.sample("MemberMemoryIdle", 1, x.rss, "rss-MiB", x.anon, "anon-MiB", x.peak, "peak-MiB")
+		b.result("member-memory").note("%s: %.1f MiB, of which %.1f are its own and the rest mapped files", m.Name, x.rss, x.anon)
+		all = append(all, x.rss)
+	}
+	largest := spreadOf(all).max
+	b.result("member-memory").add(check{got: largest, bar: 60, moonshot: 40}, "%.0f MiB (the largest of three)", largest)
+	return nil
+}
