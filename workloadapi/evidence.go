@@ -101,6 +101,15 @@ func (s *Server) attest(ctx context.Context) (attestor.Func, error) {
 	}, nil
 }
 
+// sameCaller reports an error unless the caller is the process that connected, and runs what it ran then.
+func sameCaller(ctx context.Context) error {
+	c, ok := connOf(ctx)
+	if !ok {
+		return fmt.Errorf("%w: the call has no caller", identity.ErrUnauthenticated)
+	}
+	return c.peer.Load().Unchanged()
+}
+
 // recognise is on the path of every call.
 func (c *conn) recognise(ctx context.Context) error {
 	if c.evidence.has() {

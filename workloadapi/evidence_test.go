@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
 	"sync"
 	"testing"
 
@@ -66,6 +68,33 @@ func TestAttestOncePerConnection(t *testing.T) {
 	}
 	if n := f.attestor.calls.Load(); n != 3 {
 		t.Errorf("%d attestations after another connection", n)
+	}
+}
+
+// The real things in place of the fakes: this process, attested as itself.
+func TestRealCaller(t *testing.T) {
+	real, err := attestor.New(attestor.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen identity.Evidence
+	f := start(t, func(s *setup) {
+		s.Attestor = real
+		s.tune = func(s *Server) {
+			s.identify = identifyPeer
+			s.source = sourceFunc(func(ctx context.Context, attest attestor.Func) error {
+				w, err := attest(ctx)
+				if err == nil {
+					seen = w.Evidence
+				}
+				return err
+			})
+		}
+	})
+	_, err = f.client("web").FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+	wantCode(t, err, codes.PermissionDenied) // this source has no identity for anyone
+	if want := identity.Selector(fmt.Sprintf("unix:uid:%d", os.Getuid())); !slices.Contains(seen.Selectors, want) {
+		t.Errorf("the caller has the selectors %q", seen.Selectors)
 	}
 }
 
@@ -143,8 +172,13 @@ func TestCallerGone(t *testing.T) {
 	if _, err := client.FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}}); err != nil {
 		t.Fatal(err)
 	}
+	stream := must(client.FetchX509SVID(f.ctx(), &workload.X509SVIDRequest{}))
+	must(stream.Recv())
 	f.only().peer.Load().Close() // which is what it sees of a process that has exited
-	_, err := client.FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+	f.source.set("web", f.d.update(f.d.svid("/rotated", "")))
+	_, err := stream.Recv()
+	wantCode(t, err, codes.PermissionDenied)
+	_, err = client.FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
 	wantCode(t, err, codes.PermissionDenied)
 }
 

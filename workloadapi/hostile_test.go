@@ -424,6 +424,30 @@ func TestHostileCallsWithoutRequest(t *testing.T) {
 	served()
 }
 
+// Evidence that cannot be read, because it lies on a file system that hangs, keeps its own caller waiting.
+func TestHostileEvidence(t *testing.T) {
+	f := start(t)
+	f.attestor.do = func(ctx context.Context, name string) (*attestor.Workload, error) {
+		if name == "attacker" {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		return &attestor.Workload{Key: name}, nil
+	}
+	served := f.victim()
+	before := runtime.NumGoroutine()
+	for range 10 {
+		r := f.raw("attacker")
+		for range 20 {
+			r.must(r.call("FetchX509SVID"))
+		}
+	}
+	eventually(t, "all calls wait", func() bool { return f.held("attacker") == [kinds]int{10, 200} })
+	served()
+	f.server.admit.closeConns(func(c *conn) bool { return nameOf(c.UnixConn) == "attacker" })
+	f.gone("attacker", before+10)
+}
+
 // A source that does not answer is given up.
 func TestCallTimeout(t *testing.T) {
 	f := start(t, func(s *setup) { s.tune = func(s *Server) { s.callTimeout = 50 * time.Millisecond } })

@@ -3,6 +3,7 @@ package workloadapi
 import (
 	"fmt"
 	"log/slog"
+	"strconv"
 	"sync"
 	"time"
 
@@ -119,18 +120,18 @@ func newAdmission(l Limits, log *slog.Logger) *admission {
 
 // open admits a connection, or says why not.
 func (a *admission) open(c *conn, who caller) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	h := holder{a.share(who.key, true), a.share(fmt.Sprintf("user:%d", who.uid), false), &a.total}
-	if !h[0].work.AllowN(time.Now(), workOfConn) {
-		return a.refuse(h[0], "connections per second")
-	}
-	if err := a.take(h, connections); err != nil {
-		return err
-	}
-	c.holder = h
-	a.conns[c] = struct{}{}
-	return nil
+	return a.count(func() error {
+		h := holder{a.share(who.key, true), a.share("user:"+strconv.FormatUint(uint64(who.uid), 10), false), &a.total}
+		if !h[0].work.AllowN(time.Now(), workOfConn) {
+			return overLimit(h[0], "connections a second")
+		}
+		if err := a.take(h, connections); err != nil {
+			return err
+		}
+		c.holder = h
+		a.conns[c] = struct{}{}
+		return nil
+	})
 }
 
 // close is the end of a connection that was admitted.
@@ -144,26 +145,44 @@ func (a *admission) close(c *conn) {
 // rename says that the connection's caller is known better by now. What it holds already stays counted where
 // it was taken.
 func (a *admission) rename(c *conn, key string) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if _, open := a.conns[c]; !open || c.holder[0].key == key {
+	return a.count(func() error {
+		if _, open := a.conns[c]; !open || c.holder[0].key == key {
+			return nil
+		}
+		to := a.share(key, true)
+		if to.held[connections] >= a.limits.Caller.Connections {
+			return overLimit(to, connections.String())
+		}
+		to.held[connections]++
+		a.give(holder{c.holder[0]}, connections)
+		c.holder[0] = to
 		return nil
-	}
-	to := a.share(key, true)
-	if to.held[connections] >= a.limits.Caller.Connections {
-		return a.refuse(to, connections.String())
-	}
-	to.held[connections]++
-	a.give(holder{c.holder[0]}, connections)
-	c.holder[0] = to
-	return nil
+	})
 }
 
 // hold takes one of the kind for the connection's caller. The holder returned is to be given to release.
-func (a *admission) hold(c *conn, k kind) (holder, error) {
+func (a *admission) hold(c *conn, k kind) (h holder, err error) {
+	err = a.count(func() error {
+		h = c.holder
+		return a.take(h, k)
+	})
+	return h, err
+}
+
+// count does what may be over a limit. The log is written without the lock.
+func (a *admission) count(f func() error) error {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	return c.holder, a.take(c.holder, k)
+	err := f()
+	a.mu.Unlock()
+	if err != nil {
+		a.told.Do(func() { a.log.Warn("a limit of the Workload API is reached", "error", err) })
+	}
+	return err
+}
+
+// overLimit is how load is shed: Unavailable (Workload Endpoint section 6), so that clients come back.
+func overLimit(s *share, what string) error {
+	return fmt.Errorf("%w: too many %s of %s at the Workload API: close some, or try again later", identity.ErrUnavailable, what, s.key)
 }
 
 func (a *admission) release(h holder, k kind) {
@@ -182,7 +201,7 @@ func (a *admission) work(c *conn) *rate.Limiter {
 func (a *admission) take(h holder, k kind) error {
 	for i, q := range [3]Quota{a.limits.Caller, a.limits.User, a.limits.Total} {
 		if h[i].held[k] >= q.limit(k) {
-			return a.refuse(h[i], k.String())
+			return overLimit(h[i], k.String())
 		}
 	}
 	for _, s := range h {
@@ -200,14 +219,6 @@ func (a *admission) give(h holder, k kind) {
 			s.idleAt = time.Now()
 		}
 	}
-}
-
-// refuse is how load is shed: Unavailable (Workload Endpoint section 6), so that clients come back.
-func (a *admission) refuse(s *share, what string) error {
-	a.told.Do(func() {
-		a.log.Warn("a caller of the Workload API is over its limit", "caller", s.key, "of", what)
-	})
-	return fmt.Errorf("%w: too many %s of %s at the Workload API: close some, or try again later", identity.ErrUnavailable, what, s.key)
 }
 
 // share finds or makes the share of a caller or user.

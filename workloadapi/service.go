@@ -42,10 +42,17 @@ func (s *Server) updates(stream grpc.ServerStream, view func(*identity.Update) (
 		return err
 	}
 	p := &pusher{stream: stream}
+	first := true
 	err = s.source.Updates(ctx, attest, func(u *identity.Update) error {
 		if len(u.SVIDs) == 0 {
 			return errNoIdentity()
 		}
+		if !first { // a process may leave its connection to another one
+			if err := sameCaller(ctx); err != nil {
+				return err
+			}
+		}
+		first = false
 		m, err := view(u)
 		if err != nil {
 			return err

@@ -85,7 +85,7 @@ type Server struct {
 	// stopping ends every stream; it is not a parent of the calls' contexts, which belong to gRPC.
 	stopping context.Context
 	stop     context.CancelFunc
-	// Other than in New only in tests, where one process plays many callers, and time is short.
+	// Only tests change these: there one process plays many callers, and time is short.
 	identify                      func(*net.UnixConn) (caller, error)
 	handshakeTimeout, callTimeout time.Duration
 }
