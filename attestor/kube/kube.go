@@ -38,8 +38,12 @@ type Config struct {
 	FetchInterval time.Duration
 	// RefreshInterval is how often Run fetches each JWKS anew, so that a withdrawn key stops being trusted; default 5 min.
 	RefreshInterval time.Duration
-	// RequestTimeout is for one fetch, one TokenReview or one page of a list; default 5 s.
+	// RequestTimeout is for what a pod waits for: one fetch, one TokenReview or one question about a pod; default 3 s. It must
+	// end before the agent gives up on the member (5 s): the pod is to hear that it is the API server that hangs, and the agent not
+	// to look for another member.
 	RequestTimeout time.Duration
+	// ListTimeout is for one page of the list of pods; default 15 s.
+	ListTimeout time.Duration
 	// RetryInterval is the wait before a watch is tried again, doubling up to 32 times itself, and the least time between two
 	// readings of a faulty kubeconfig; default 1 s.
 	RetryInterval time.Duration
@@ -74,13 +78,14 @@ func New(cfg Config) (*Verifier, error) {
 	if cfg.Log == nil || cfg.Now == nil {
 		return nil, errors.New("making kube verifier: Log and Now must be set")
 	}
-	if cfg.MaxTombstones < 0 || cfg.FetchInterval < 0 || cfg.RefreshInterval < 0 || cfg.RequestTimeout < 0 || cfg.RetryInterval < 0 {
+	if cfg.MaxTombstones < 0 || cfg.FetchInterval < 0 || cfg.RefreshInterval < 0 || cfg.RequestTimeout < 0 || cfg.ListTimeout < 0 || cfg.RetryInterval < 0 {
 		return nil, errors.New("making kube verifier: a negative limit")
 	}
 	orDefault(&cfg.MaxTombstones, 16384)
 	orDefault(&cfg.FetchInterval, 10*time.Second)
 	orDefault(&cfg.RefreshInterval, 5*time.Minute)
-	orDefault(&cfg.RequestTimeout, 5*time.Second)
+	orDefault(&cfg.RequestTimeout, 3*time.Second)
+	orDefault(&cfg.ListTimeout, 15*time.Second)
 	orDefault(&cfg.RetryInterval, time.Second)
 	v := &Verifier{cfg: cfg, changed: make(chan struct{}, 1)}
 	v.clusters.Store(&clusterSet{})

@@ -204,7 +204,7 @@ func (a *apiServer) list(ctx context.Context, client *apiClient, gone func(podUI
 	live := make(map[string]struct{})
 	opts := metav1.ListOptions{Limit: listPage}
 	for {
-		pctx, cancel := context.WithTimeout(ctx, a.cfg.RequestTimeout)
+		pctx, cancel := context.WithTimeout(ctx, a.cfg.ListTimeout)
 		page, err := client.pods.List(pctx, opts)
 		cancel()
 		if err != nil {
