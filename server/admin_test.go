@@ -280,6 +280,15 @@ func TestJoin(t *testing.T) {
 	if len(w.added) != 0 {
 		t.Error("somebody else was added")
 	}
+	// The same again is one whose join broke off, until it has a vote: then its empty log would break the vote's promises.
+	again := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "server"})
+	if _, err := c.Join(ctx, &memberv1.JoinRequest{Secret: again.Secret, Id: "m2", Address: "10.0.0.2:8443"}); err != nil {
+		t.Errorf("joining again without a vote: %v", err)
+	}
+	w.promoted.Store(true)
+	voter := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "server"})
+	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: voter.Secret, Id: "m2", Address: "10.0.0.2:8443"})
+	wantCode(t, err, codes.AlreadyExists)
 	w.wantNoSecrets(t, err, tok.Secret, late.Secret, forAgents.Secret, twice.Secret, "the keyring")
 }
 

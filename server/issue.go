@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -115,9 +116,12 @@ func (s *Server) issueX509(ctx context.Context, who call, req *workloadv1.X509Re
 	}
 	res.Selectors = api.SelectorsToWire(sel)
 	now := s.cfg.Now()
-	grants, err := s.entitled(sel, now)
+	grants, unusable, err := s.entitled(sel, now)
 	if err != nil {
 		return fail(err)
+	}
+	if unusable != nil {
+		s.cfg.Log.Warn("an entry that matches a workload cannot be used for it", "error", unusable, "selectors", sel)
 	}
 	prepared := make([]*ca.PreparedX509, len(grants))
 	for i, g := range grants {
@@ -163,7 +167,7 @@ func (s workloadService) IssueJWT(ctx context.Context, req *workloadv1.IssueJWTR
 		return nil, err
 	}
 	now := s.cfg.Now()
-	grants, err := s.entitled(sel, now)
+	grants, _, err := s.entitled(sel, now)
 	if err != nil {
 		return nil, err
 	}
@@ -284,10 +288,10 @@ func DefaultEntryID(cluster string) string { return "default:" + cluster }
 // entitled are the identities of a workload with these selectors (sorted), the default one first; an error that
 // says why if there is none. An entry that cannot be filled in for this workload is left out as long as
 // another can. The sync hub asks the same function, so that what it compares is what would be issued.
-func (s *Server) entitled(sel []identity.Selector, now time.Time) ([]grant, error) {
+func (s *Server) entitled(sel []identity.Selector, now time.Time) (grants []grant, unusable, err error) {
 	cluster, known := s.clusterOf(sel)
 	if !known {
-		return nil, fmt.Errorf("%w: kube cluster %q is not registered", identity.ErrDenied, cluster)
+		return nil, nil, fmt.Errorf("%w: kube cluster %q is not registered", identity.ErrDenied, cluster)
 	}
 	entries := slices.DeleteFunc(s.cfg.State.Match(sel), func(e *identity.Entry) bool {
 		return e.Expired(now) || cluster != "" && processesOnly(e)
@@ -298,26 +302,23 @@ func (s *Server) entitled(sel []identity.Selector, now time.Time) ([]grant, erro
 		}
 	}
 	if len(entries) == 0 {
-		return nil, fmt.Errorf("%w: no entry matches the workload; it has %v", identity.ErrDenied, sel)
+		return nil, nil, fmt.Errorf("%w: no entry matches the workload; it has %v", identity.ErrDenied, sel)
 	}
 	if len(entries) > maxIdentities {
-		return nil, fmt.Errorf("%w: %d entries match the workload: at the most %d", identity.ErrPrecondition, len(entries), maxIdentities)
+		return nil, nil, fmt.Errorf("%w: %d entries match the workload: at the most %d", identity.ErrPrecondition, len(entries), maxIdentities)
 	}
-	var fault error
-	grants := make([]grant, 0, len(entries))
 	for _, e := range entries {
 		g, err := s.fill(e, sel)
 		if err != nil {
-			fault = fmt.Errorf("entry %s: %w", e.ID, err)
-			s.cfg.Log.Warn("an entry cannot be used for a workload", "entry", e.ID, "error", err)
+			unusable = errors.Join(unusable, fmt.Errorf("entry %s: %w", e.ID, err))
 			continue
 		}
 		grants = append(grants, g)
 	}
 	if len(grants) == 0 {
-		return nil, fault
+		return nil, nil, unusable
 	}
-	return grants, nil
+	return grants, unusable, nil
 }
 
 // processesOnly reports whether an entry is for plain processes: it takes an agent's word and names nothing that a pod

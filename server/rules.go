@@ -108,9 +108,9 @@ func idSuffix(c caller) string {
 	return " (" + c.id.String() + ")"
 }
 
-// recordLag is how long an agent's record may take to reach every member: within it, a missing record means that
-// this member is behind the one that attested the agent.
-const recordLag = 30 * time.Second
+// recordLag is how long an agent's record may take to reach every member, the difference of their clocks included:
+// within it, a missing record means that this member is behind the one that attested the agent.
+const recordLag = 2 * time.Minute
 
 // liveAgent returns the record of a connected agent: its SVID must still be valid, and it must be neither banned
 // nor evicted.

@@ -167,7 +167,7 @@ func TestAgentsThatAreRefused(t *testing.T) {
 	check("banned", bannedCert, codes.PermissionDenied, "banned")
 	// Without a record and fresh: perhaps this member is behind. Later: evicted.
 	check("unknown", unknownCert, codes.Unavailable, "does not know")
-	w.ahead.Store(int64(time.Minute))
+	w.ahead.Store(int64(3 * time.Minute))
 	check("evicted", evictedCert, codes.PermissionDenied, "evicted")
 	w.ahead.Store(int64(2 * time.Hour))
 	check("expired while connected", goodCert, codes.Unauthenticated, "expired")

@@ -277,7 +277,7 @@ func (s *Server) agentGone(id string) error {
 
 // matching is entitled for the hub: the entries that would be issued by.
 func (s *Server) matching(sel []identity.Selector) []*identity.Entry {
-	grants, err := s.entitled(sel, s.cfg.Now())
+	grants, _, err := s.entitled(sel, s.cfg.Now())
 	if err != nil {
 		return nil
 	}

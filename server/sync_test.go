@@ -14,6 +14,7 @@ import (
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
 
@@ -477,5 +478,44 @@ func TestResetCatchesUp(t *testing.T) {
 			}
 			return
 		}
+	}
+}
+
+func TestBundleIsPushed(t *testing.T) {
+	w := newWorld(t).start(t)
+	eventually(t, "the authorities are kept for the next start", func() bool { return w.kept.Load() > 0 })
+	_, cert := w.agent(t, "a1", "")
+	s := w.sync(t, w.dial(t, cert))
+	w.wantNothing(s)
+	next, key, err := ca.NewX509Authority(w.td, time.Hour, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	next.State = identity.AuthorityPrepared
+	if next.SealedKey, err = fakeSeal(key, identity.AuthorityAD(w.td, next.Kind, next.ID)); err != nil {
+		t.Fatal(err)
+	}
+	before := w.state.Bundle().Sequence
+	w.state.mu.Lock() // the fake's CreateAuthority answers with the active one
+	w.state.authorities[0].State = identity.AuthorityRetiring
+	w.state.mu.Unlock()
+	if _, err := w.state.CreateAuthority(testContext(t), next); err != nil {
+		t.Fatal(err)
+	}
+	b := s.next().GetState().GetBundles().GetOwn()
+	if b.GetSequence() != before+1 || len(b.GetX509Authorities()) != 2 {
+		t.Fatalf("bundle %v", b)
+	}
+}
+
+// TestEmptyStateKeepsTheCA: a state that is being rebuilt does not take away what the CA had from before.
+func TestEmptyStateKeepsTheCA(t *testing.T) {
+	w := newWorld(t).start(t)
+	w.state.mu.Lock()
+	w.state.authorities = nil
+	w.state.mu.Unlock()
+	w.srv.changed([]identity.Change{{Reset: true}})
+	if err := w.srv.Ready(); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -60,6 +60,7 @@ type world struct {
 	acks     atomic.Uint64 // see syncer.settle
 	added    chan identity.Member
 	kept     atomic.Int64
+	promoted atomic.Bool // members that joined have a vote
 	stop     context.CancelFunc
 	finished chan error
 	raft     chan net.Conn
@@ -141,7 +142,13 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 		Cluster: Cluster{
 			Staleness: func() time.Duration { return time.Duration(w.stale.Load()) },
 			Members: func() []MemberStatus {
-				return []MemberStatus{{ID: "m1", Address: w.port.Addr().String(), Voter: true, Leader: true}}
+				out := []MemberStatus{{ID: "m1", Address: w.port.Addr().String(), Voter: true, Leader: true}}
+				for _, m := range w.state.Members() {
+					if m.ID != "m1" {
+						out = append(out, MemberStatus{ID: m.ID, Address: m.Address, Voter: w.promoted.Load()})
+					}
+				}
+				return out
 			},
 			AddMember: func(_ context.Context, id, address string) error {
 				w.added <- identity.Member{ID: id, Address: address}
