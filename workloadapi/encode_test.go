@@ -17,7 +17,7 @@ func TestViewsLiveAsLongAsTheirUpdate(t *testing.T) {
 	if one != two {
 		t.Error("an update was encoded twice")
 	}
-	other := *u // other bundles of the same trust domains, or not: what counts is what it says
+	other := *u // another value that says the same
 	if m := must(v.x509(&other)); m == one || m.digest != one.digest {
 		t.Error("an update that says the same has another digest")
 	}
