@@ -46,6 +46,7 @@ const (
 	freshWait         = time.Second            // how long a caller waits for a newer SVID than a live one past half-life
 	changedGrace      = 10 * time.Second       // see the package comment
 	changedRetry      = 200 * time.Millisecond // between questions during the grace
+	blameFor          = time.Minute            // a member that failed is tried after the others
 	maxBackoff        = 10 * time.Second       // between rounds over the members
 	maxJWTs           = 4096                   // cached answers
 )

@@ -127,7 +127,7 @@ func direct(ctx context.Context, cfg DirectConfig, ask question) error {
 		return fmt.Errorf("asking a member directly: %w", err)
 	}
 	var errs []error
-	for _, addr := range a.addresses("") {
+	for _, addr := range a.addresses() {
 		err := a.askDirect(ctx, addr, ask)
 		if err == nil {
 			return nil

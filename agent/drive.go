@@ -11,7 +11,7 @@ import (
 
 // runLink keeps the agent attested and connected.
 func (a *Agent) runLink(ctx context.Context) error {
-	avoid, rounds := "", 0
+	rounds := 0
 	for ctx.Err() == nil {
 		var err error
 		if !a.live() {
@@ -21,23 +21,25 @@ func (a *Agent) runLink(ctx context.Context) error {
 		}
 		var s *session
 		if err == nil {
-			s, err = a.connect(ctx, avoid)
+			s, err = a.connect(ctx)
 			if err != nil && ctx.Err() == nil {
 				err = a.notConnected(ctx, err, rounds)
 			}
 		}
 		if s != nil {
 			up := time.Now()
-			avoid, err = a.serve(ctx, s)
+			var addr string
+			addr, err = a.serve(ctx, s)
 			if ctx.Err() != nil {
 				return nil
 			}
-			a.log.Warn("lost the member: trying the next", "member", avoid, "error", err)
+			a.link.blame(addr)
+			a.log.Warn("lost the member: trying the next", "member", addr, "error", err)
 			if time.Since(up) > maxBackoff {
 				rounds = 0
 				continue
 			}
-			if rounds++; rounds <= len(a.addresses("")) {
+			if rounds++; rounds <= len(a.addresses()) {
 				continue
 			}
 		} else if err == nil {
@@ -126,11 +128,11 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 		case <-timer.C:
 		}
 		o := a.own.Load()
-		if time.Now().Before(o.renewAt) {
-			timer.Reset(time.Until(o.renewAt))
-			continue
-		}
 		if s.connectedAs == o {
+			if time.Now().Before(o.renewAt) {
+				timer.Reset(time.Until(o.renewAt))
+				continue
+			}
 			if err := a.renewOwn(ctx, s); err != nil && ctx.Err() == nil {
 				a.log.Warn("could not renew the agent's own SVID: trying again", "expires", o.notAfter, "error", err)
 				if refused(err) || !time.Now().Before(o.notAfter) {
@@ -140,7 +142,7 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 				continue
 			}
 		}
-		next, err := a.connect(ctx, "")
+		next, err := a.connect(ctx)
 		if err != nil {
 			timer.Reset(time.Second)
 			continue

@@ -193,19 +193,17 @@ type member struct {
 
 func (c *cluster) member(name string) *member {
 	lis := must(net.Listen("tcp", "127.0.0.1:0"))
-	return c.serve(name, lis.Addr().String(), lis)
+	return c.serve(name, lis.Addr().String(), lis, nil)
 }
 
 // memoryMember needs no network, and so can live in a synctest bubble.
 func (c *cluster) memoryMember(name string) *member {
 	lis := bufconn.Listen(1 << 20)
-	m := c.serve(name, name+":1", lis)
-	m.mem = lis
-	return m
+	return c.serve(name, name+":1", lis, lis)
 }
 
-func (c *cluster) serve(name, addr string, lis net.Listener) *member {
-	m := &member{c: c, name: name, addr: addr, ca: c.ca, streams: map[chan *nodev1.SyncResponse]struct{}{}}
+func (c *cluster) serve(name, addr string, lis net.Listener, mem *bufconn.Listener) *member {
+	m := &member{c: c, mem: mem, name: name, addr: addr, ca: c.ca, streams: map[chan *nodev1.SyncResponse]struct{}{}}
 	key := newKey()
 	cfg := &tls.Config{
 		MinVersion: tls.VersionTLS13, ClientAuth: tls.RequestClientCert, NextProtos: []string{"h2"},

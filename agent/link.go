@@ -38,12 +38,36 @@ func refused(err error) bool {
 type link struct {
 	mu       sync.Mutex
 	sess     *session
-	reason   error         // why there is none, once every member was tried; nil while a round is under way
-	changed  chan struct{} // closed and replaced whenever one of the above changes
-	revision uint64        // of the last push
+	reason   error                // why there is none, once every member was tried; nil while a round is under way
+	changed  chan struct{}        // closed and replaced whenever one of the above changes
+	revision uint64               // of the last push
+	failed   map[string]time.Time // when a member last failed, by address
 }
 
-func (l *link) init() { l.changed = make(chan struct{}) }
+func (l *link) init() {
+	l.changed = make(chan struct{})
+	l.failed = map[string]time.Time{}
+}
+
+// blame notes that a member failed, so that the others come first for a while.
+func (l *link) blame(addr string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.failed) >= maxMembers {
+		clear(l.failed)
+	}
+	l.failed[addr] = time.Now()
+}
+
+// whenFailed is when a member last failed; zero if that is long ago.
+func (l *link) whenFailed(addr string) time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if at := l.failed[addr]; time.Since(at) < blameFor {
+		return at
+	}
+	return time.Time{}
+}
 
 func (l *link) set(s *session, reason error) (old *session) {
 	l.mu.Lock()
@@ -170,8 +194,8 @@ func (a *Agent) call(ctx context.Context, f func(context.Context, *session) erro
 }
 
 // addresses lists the members in the order to try them: those the cluster named, then those configured, each shuffled, so that
-// agents spread; the one to avoid comes last.
-func (a *Agent) addresses(avoid string) []string {
+// agents spread; who failed lately comes later, who failed last comes last.
+func (a *Agent) addresses() []string {
 	var out []string
 	add := func(in []string) {
 		in = slices.Clone(in)
@@ -186,16 +210,18 @@ func (a *Agent) addresses(avoid string) []string {
 		add(*m)
 	}
 	add(a.cfg.Servers)
-	if i := slices.Index(out, avoid); i >= 0 {
-		out = append(slices.Delete(out, i, i+1), avoid)
+	failed := make(map[string]time.Time, len(out))
+	for _, s := range out {
+		failed[s] = a.link.whenFailed(s)
 	}
+	slices.SortStableFunc(out, func(x, y string) int { return failed[x].Compare(failed[y]) })
 	return out
 }
 
 // connect opens a session with the first member that answers. A member that does not answer is not waited for: the next is
 // tried beside it, which is what keeps a failover under a second.
-func (a *Agent) connect(ctx context.Context, avoid string) (*session, error) {
-	addrs := a.addresses(avoid)
+func (a *Agent) connect(ctx context.Context) (*session, error) {
+	addrs := a.addresses()
 	type result struct {
 		s   *session
 		err error
@@ -209,6 +235,9 @@ func (a *Agent) connect(ctx context.Context, avoid string) (*session, error) {
 		go func() {
 			s, err := a.open(attempts, addr)
 			if err != nil {
+				if attempts.Err() == nil {
+					a.link.blame(addr)
+				}
 				err = fmt.Errorf("member %s: %w", addr, err)
 			}
 			results <- result{s, err}

@@ -78,7 +78,7 @@ func (a *Agent) attest(ctx context.Context) error {
 		return err
 	}
 	var errs []error
-	for _, addr := range a.addresses("") {
+	for _, addr := range a.addresses() {
 		err := a.attestAt(ctx, addr, key)
 		if err == nil {
 			return nil
@@ -86,6 +86,7 @@ func (a *Agent) attest(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		a.link.blame(addr)
 		errs = append(errs, fmt.Errorf("member %s: %w", addr, err))
 	}
 	for _, err := range errs {
