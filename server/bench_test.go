@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -122,6 +124,10 @@ func cpuTime() time.Duration {
 
 func benchmarkIssue(b *testing.B, jwt, token bool, batch int) {
 	w := newWorld(b, func(c *Config) { c.Log = slog.New(slog.DiscardHandler) }).start(b)
+	var err error
+	if w.kubeKey, err = rsa.GenerateKey(rand.Reader, 2048); err != nil {
+		b.Fatal(err)
+	}
 	w.registerCluster(b)
 	_, cert := w.agent(b, "a1", "node-1")
 	if _, err := w.state.CreateEntry(context.Background(), time.Now(), identity.Entry{ID: "e", Selectors: []identity.Selector{"agent:kube-node:node-1"}, SPIFFEID: "spiffe://example.org/bench/app"}); err != nil {

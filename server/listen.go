@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"countersign.io/countersign/api"
 )
 
@@ -25,7 +27,9 @@ type ListenConfig struct {
 	MaxStrangers int
 	// MaxPerAddress is how many of them may come from one address (one /64 for IPv6); 0: 64.
 	MaxPerAddress int
-	Log           *slog.Logger
+	// MaxPerAgent is how many connections one agent may have; 0: 16.
+	MaxPerAgent int
+	Log         *slog.Logger
 }
 
 // Listener finishes each TLS handshake on its own and then hands the connection to whom it is for. Run accepts;
@@ -37,6 +41,7 @@ type Listener struct {
 	mu        sync.Mutex
 	strangers *list.List // of *stranger, the oldest first
 	perAddr   map[netip.Addr]int
+	perAgent  map[spiffeid.ID]int
 }
 
 // stranger is a connection that has not proved to be an agent's or a member's.
@@ -72,7 +77,10 @@ func NewListener(cfg ListenConfig) (*Listener, error) {
 	if cfg.MaxPerAddress <= 0 {
 		cfg.MaxPerAddress = 64
 	}
-	l := &Listener{cfg: cfg, strangers: list.New(), perAddr: map[netip.Addr]int{}}
+	if cfg.MaxPerAgent <= 0 {
+		cfg.MaxPerAgent = 16
+	}
+	l := &Listener{cfg: cfg, strangers: list.New(), perAddr: map[netip.Addr]int{}, perAgent: map[spiffeid.ID]int{}}
 	l.agents, l.guests, l.peers = newQueue(cfg.TCP.Addr()), newQueue(cfg.TCP.Addr()), newQueue(cfg.TCP.Addr())
 	return l, nil
 }
@@ -198,11 +206,35 @@ func (l *Listener) greet(ctx context.Context, s *stranger) {
 		return
 	}
 	if to != l.guests {
-		c.forget()
+		c.forget() // no stranger any more
+	}
+	if to == l.agents && !l.enlist(c) {
+		l.cfg.Log.Warn("too many connections of one agent", "agent", c.caller.id, "address", s.addr)
+		tc.Close()
+		return
 	}
 	if !to.put(ctx, c) {
 		c.Close()
 	}
+}
+
+// enlist counts an agent's connection until it is closed; false if the agent has too many.
+func (l *Listener) enlist(c *conn) bool {
+	id := c.caller.id
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.perAgent[id] >= l.cfg.MaxPerAgent {
+		return false
+	}
+	l.perAgent[id]++
+	c.forget = sync.OnceFunc(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.perAgent[id]--; l.perAgent[id] <= 0 {
+			delete(l.perAgent, id)
+		}
+	})
+	return true
 }
 
 func (l *Listener) route(alpn string, k kind) *queue {

@@ -224,6 +224,21 @@ func TestOneAddressHasAShare(t *testing.T) {
 	}
 }
 
+func TestOneAgentHasAShare(t *testing.T) {
+	w := newWorldOn(t, ListenConfig{MaxPerAgent: 2}).start(t)
+	_, cert := w.agent(t, "a1", "")
+	_, other := w.agent(t, "a2", "")
+	for range 2 {
+		if err := try(t, w.dial(t, cert), rpc{method: "/grpc.health.v1.Health/Check"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantCode(t, try(t, w.dial(t, cert), rpc{method: "/grpc.health.v1.Health/Check"}), codes.Unavailable)
+	if err := try(t, w.dial(t, other), rpc{method: "/grpc.health.v1.Health/Check"}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestNothingIsLeftInTheLimits: whoever is gone is not counted.
 func TestNothingIsLeftInTheLimits(t *testing.T) {
 	w := newWorld(t).start(t)
@@ -238,7 +253,7 @@ func TestNothingIsLeftInTheLimits(t *testing.T) {
 	eventually(t, "no strangers are counted", func() bool {
 		w.port.mu.Lock()
 		defer w.port.mu.Unlock()
-		return w.port.strangers.Len() == 0 && len(w.port.perAddr) == 0
+		return w.port.strangers.Len() == 0 && len(w.port.perAddr) == 0 && len(w.port.perAgent) == 0
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -53,7 +54,7 @@ type world struct {
 	port     *Listener
 	srv      *Server
 	socket   string
-	kubeKey  *ecdsa.PrivateKey
+	kubeKey  crypto.Signer // of the kube cluster's tokens: ECDSA, or RSA as most real ones
 	log      *lockedBuffer
 	ahead    atomic.Int64 // of the server's clock
 	stale    atomic.Int64
@@ -207,7 +208,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 // registerCluster registers the kube cluster whose tokens podToken makes.
 func (w *world) registerCluster(t testing.TB, edits ...func(*identity.KubeCluster)) {
 	t.Helper()
-	jwks, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: w.kubeKey.Public(), KeyID: "k1", Algorithm: "ES256", Use: "sig"}}})
+	jwks, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: w.kubeKey.Public(), KeyID: "k1", Algorithm: string(w.kubeAlg()), Use: "sig"}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,6 +223,13 @@ func (w *world) registerCluster(t testing.TB, edits ...func(*identity.KubeCluste
 		_, err := w.pods.Verify(context.Background(), []byte(w.podToken(t, pod{})))
 		return err == nil
 	})
+}
+
+func (w *world) kubeAlg() jose.SignatureAlgorithm {
+	if _, ok := w.kubeKey.(*rsa.PrivateKey); ok {
+		return jose.RS256
+	}
+	return jose.ES256
 }
 
 // pod is what a token says; empty fields are those of prod/web-0 on node-1.
@@ -258,7 +266,7 @@ func (w *world) podToken(t testing.TB, p pod) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: w.kubeKey}, (&jose.SignerOptions{}).WithHeader("kid", "k1"))
+	s, err := jose.NewSigner(jose.SigningKey{Algorithm: w.kubeAlg(), Key: w.kubeKey}, (&jose.SignerOptions{}).WithHeader("kid", "k1"))
 	if err != nil {
 		t.Fatal(err)
 	}
