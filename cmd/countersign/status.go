@@ -10,10 +10,12 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
 	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/identity"
+	"countersign.io/countersign/workloadapi"
 )
 
 func bundleCommand(a *admin) *cobra.Command {
@@ -23,10 +25,11 @@ func bundleCommand(a *admin) *cobra.Command {
 	show := &cobra.Command{
 		Use: "show", Short: "Show the trust bundle and the CA pin that agents need", Args: cobra.NoArgs,
 		Example: `  countersign bundle show
-  countersign bundle show --format pem > bundle.pem`,
+  countersign bundle show --format pem > bundle.pem
+  countersign bundle show --format spiffe > bundle.json`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if format != "" && format != "pem" {
-				return fmt.Errorf("%w: --format %q: want pem", identity.ErrInvalid, format)
+			if format != "" && format != "pem" && format != "spiffe" {
+				return fmt.Errorf("%w: --format %q: want pem or spiffe", identity.ErrInvalid, format)
 			}
 			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
 				res, err := c.GetBundle(ctx, &adminv1.Empty{})
@@ -41,11 +44,23 @@ func bundleCommand(a *admin) *cobra.Command {
 					}
 					return nil
 				}
+				if format == "spiffe" {
+					b, err := api.BundleFromWire(res.Bundle)
+					if err != nil {
+						return err
+					}
+					doc, err := workloadapi.MarshalBundle(b)
+					if err != nil {
+						return err
+					}
+					_, err = fmt.Fprintln(cmd.OutOrStdout(), string(doc))
+					return err
+				}
 				return a.out.Print(cmd.OutOrStdout(), res, func() cli.Table { return bundleTable(res.Bundle, res.CaPin) })
 			})
 		},
 	}
-	show.Flags().StringVar(&format, "format", "", "pem: the X.509 authorities alone")
+	show.Flags().StringVar(&format, "format", "", "pem: the X.509 authorities alone; spiffe: the bundle as the SPIFFE standard writes it")
 	cmd.AddCommand(show)
 	return cmd
 }
