@@ -3,12 +3,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -122,6 +123,12 @@ func (d *dataDir) begin(ctx context.Context, c *config.Server, kek seal.KEK) err
 			return fmt.Errorf("%w: %s exists but member.json does not: this folder is incomplete; restore it, or start with an empty one", identity.ErrPrecondition, d.file(name))
 		}
 	}
+	// What a join that broke off left is of a cluster that this folder may not come to belong to.
+	for _, name := range []string{"authorities.json", "keyring"} {
+		if err := os.Remove(d.file(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("removing what an earlier start left: %w", err)
+		}
+	}
 	d.member = memberFile{Version: 1, TrustDomain: c.TrustDomain, Name: c.Name, Bootstrap: c.JoinTokenFile == ""}
 	var keyring *seal.Keyring
 	var err error
@@ -166,31 +173,49 @@ func (d *dataDir) join(ctx context.Context, c *config.Server) (*seal.Keyring, er
 	}
 	var errs []error
 	for _, addr := range t.Addresses {
-		res, err := d.joinAt(ctx, addr, credentials.NewTLS(tlsConf), &memberv1.JoinRequest{Secret: t.Secret, Id: c.Name, Address: c.Advertise, Version: version})
+		res, err := d.joinAt(ctx, addr, tlsConf, &memberv1.JoinRequest{Secret: t.Secret, Id: c.Name, Address: c.Advertise, Version: version})
 		if err == nil {
 			return d.joined(res)
 		}
 		errs = append(errs, fmt.Errorf("joining by %s: %w", addr, err))
-		if !errors.Is(err, identity.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) {
+		if !errors.Is(err, errStranger) && !errors.Is(err, identity.ErrUnavailable) && !errors.Is(err, context.DeadlineExceeded) {
 			break // an answer: the token is spent, expired or wrong, and the others would say the same
 		}
 	}
 	return nil, errors.Join(errs...)
 }
 
-func (d *dataDir) joinAt(ctx context.Context, addr string, creds credentials.TransportCredentials, req *memberv1.JoinRequest) (*memberv1.JoinResponse, error) {
-	if _, _, err := net.SplitHostPort(addr); err != nil {
-		return nil, fmt.Errorf("%w: %v", identity.ErrInvalid, err)
+// errStranger: who answered is not of the token's cluster. It was not shown the secret.
+var errStranger = fmt.Errorf("%w: not a member of the token's cluster", identity.ErrUnauthenticated)
+
+func (d *dataDir) joinAt(ctx context.Context, addr string, pinned *tls.Config, req *memberv1.JoinRequest) (*memberv1.JoinResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	// gRPC calls a certificate that is refused unavailable; trying that again would not help.
+	stranger := make(chan error, 1)
+	conf := pinned.Clone()
+	conf.VerifyPeerCertificate = func(raw [][]byte, chains [][]*x509.Certificate) error {
+		err := pinned.VerifyPeerCertificate(raw, chains)
+		if err != nil {
+			select {
+			case stranger <- fmt.Errorf("%w: %v", errStranger, err):
+			default:
+			}
+		}
+		return err
 	}
-	conn, err := grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(creds))
+	conn, err := grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(credentials.NewTLS(conf)))
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
 	res, err := memberv1.NewMemberClient(conn).Join(ctx, req)
-	return res, api.FromStatus(err)
+	select {
+	case err := <-stranger:
+		return nil, err
+	default:
+		return res, api.FromStatus(err)
+	}
 }
 
 func (d *dataDir) joined(res *memberv1.JoinResponse) (*seal.Keyring, error) {
