@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -13,10 +14,12 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"reflect"
 	"sync"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/sync/singleflight"
 
 	"countersign.io/countersign/identity"
@@ -48,8 +51,38 @@ type keySource struct {
 
 	mu    sync.Mutex
 	keys  keySet
-	tried time.Time // start of the last fetch
-	fault error     // of the last fetch
+	seen  *lru.Cache[[sha256.Size]byte, struct{}] // SHA-256 of tokens that keys signed; replaced with keys
+	tried time.Time                               // start of the last fetch
+	fault error                                   // of the last fetch
+}
+
+// maxSeen bounds the tokens whose signature is remembered: 100 bytes each. A pod shows one token for most of an hour, at every
+// JWT-SVID and renewal, and a signature of the same bytes under the same keys does not change; all else is checked each time.
+const maxSeen = 8192
+
+// use takes keys into use. What the keys before had signed is forgotten with them.
+func (s *keySource) use(keys keySet) {
+	seen, _ := lru.New[[sha256.Size]byte, struct{}](maxSeen) // fails only for a size that is not positive
+	s.keys, s.seen = keys, seen
+}
+
+// signed reports whether one of the keys signed the token.
+func (s *keySource) signed(t *token) bool {
+	s.mu.Lock()
+	keys, seen := s.keys[t.kid], s.seen
+	s.mu.Unlock()
+	if len(keys) == 0 {
+		return false
+	}
+	sum := sha256.Sum256([]byte(t.raw))
+	if _, ok := seen.Get(sum); ok {
+		return true
+	}
+	if !t.signedBy(keys) {
+		return false
+	}
+	seen.Add(sum, struct{}{})
+	return true
 }
 
 // newKeySource returns an error where the registration is at fault; it fetches nothing.
@@ -60,7 +93,8 @@ func newKeySource(cfg Config, k *identity.KubeCluster, api *apiServer) (*keySour
 		if err != nil {
 			return nil, fmt.Errorf("reading JWKS of kube cluster %q: %w: %v: give the output of kubectl get --raw /openid/v1/jwks", k.Name, identity.ErrInvalid, err)
 		}
-		s.keys, s.url = keys, ""
+		s.url = ""
+		s.use(keys)
 		return s, nil
 	}
 	u, err := url.Parse(k.JWKSURL)
@@ -147,7 +181,9 @@ func (s *keySource) fetchOnce() error {
 	if err == nil {
 		// Keys that are no longer published are no longer trusted. When nothing can be fetched the old ones stay for as
 		// long as that lasts: pods must be able to renew while the API server is down.
-		s.keys = keys
+		if !reflect.DeepEqual(s.keys, keys) {
+			s.use(keys)
+		}
 	}
 	return err
 }

@@ -83,7 +83,7 @@ func (v *Verifier) clusterOf(ctx context.Context, t *token) (*cluster, error) {
 func (t *token) fitting(candidates []*cluster) []*cluster {
 	var out []*cluster
 	for _, c := range candidates {
-		if c.fault == nil && (c.keys == nil || t.signedBy(c.keys.find(t.kid))) {
+		if c.fault == nil && (c.keys == nil || c.keys.signed(t)) {
 			out = append(out, c)
 		}
 	}
