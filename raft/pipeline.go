@@ -16,7 +16,8 @@ import (
 // that entry, and then, as logs that share an entry share all before it, everything up to it.
 type pipeline struct {
 	hraft.AppendPipeline
-	t *transport
+	t   *transport
+	out chan hraft.AppendFuture // the answers, for raft
 
 	send sync.Mutex // one append at a time; guards the following
 	last hraft.AppendEntriesRequest
@@ -30,18 +31,50 @@ type pipeline struct {
 	once  sync.Once
 }
 
+// pipelineRoom is for answers that raft may leave unread.
+const pipelineRoom = 128
+
 // AppendEntriesPipeline implements hraft.Transport.
 func (t *transport) AppendEntriesPipeline(id hraft.ServerID, target hraft.ServerAddress) (hraft.AppendPipeline, error) {
 	inner, err := t.NetworkTransport.AppendEntriesPipeline(id, target)
 	if err != nil {
 		return nil, err
 	}
-	p := &pipeline{AppendPipeline: inner, t: t, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	p := newPipeline(t, inner)
 	t.mu.Lock()
 	t.pipelines[p] = struct{}{}
 	t.mu.Unlock()
 	t.n.spawn(p.run)
+	go p.drain() // to the end of the pipeline, which raft's shutdown waits for: it must outlive the node's own
 	return p, nil
+}
+
+func newPipeline(t *transport, inner hraft.AppendPipeline) *pipeline {
+	return &pipeline{
+		AppendPipeline: inner, t: t, out: make(chan hraft.AppendFuture, pipelineRoom),
+		wake: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+}
+
+// Consumer implements hraft.AppendPipeline.
+func (p *pipeline) Consumer() <-chan hraft.AppendFuture { return p.out }
+
+// drain passes on the answers. Raft stops taking them when a follower refuses an append or has a newer term,
+// and may go on sending before it notices; without room for the answers the second such send would wait for
+// ever, with it replication to that follower, and in the end Close.
+func (p *pipeline) drain() {
+	for {
+		select {
+		case <-p.done:
+			return
+		case f := <-p.AppendPipeline.Consumer():
+			select {
+			case p.out <- f:
+			case <-p.done:
+				return
+			}
+		}
+	}
 }
 
 // applied tells every pipeline of the newest applied entry. It does not block.
@@ -52,10 +85,14 @@ func (t *transport) applied(index, term uint64) {
 		p.mu.Lock()
 		p.index, p.term = index, term
 		p.mu.Unlock()
-		select {
-		case p.wake <- struct{}{}:
-		default:
-		}
+		p.nudge()
+	}
+}
+
+func (p *pipeline) nudge() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
 	}
 }
 
@@ -70,6 +107,7 @@ func (p *pipeline) AppendEntries(args *hraft.AppendEntriesRequest, resp *hraft.A
 			p.sent = args.Entries[n-1].Index
 		}
 		p.last.Entries = nil
+		p.nudge() // the entry may have been committed by others while this append was on its way here
 	}
 	return f, err
 }

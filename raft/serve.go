@@ -52,7 +52,9 @@ func (n *Node) serve(conn net.Conn) {
 		case kindPropose, kindBarrier, kindAdd, kindRemove:
 			select {
 			case slots <- struct{}{}:
+				n.inflight.add() // until the answer is on its way: Close waits for that
 				wg.Go(func() {
+					defer n.inflight.done()
 					defer func() { <-slots }()
 					s.handle(ctx, f)
 				})
