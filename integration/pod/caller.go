@@ -41,13 +41,15 @@ func connect(socket, then string) error {
 	case "stay":
 		return ask(f)
 	case "exec":
-		if err := unix.Dup2(fd, 3); err != nil {
-			return fmt.Errorf("keeping the connection: %w", err)
+		if fd != 3 {
+			if err := unix.Dup2(fd, 3); err != nil {
+				return fmt.Errorf("keeping the connection: %w", err)
+			}
 		}
 		return unix.Exec(other, []string{other, "call", "0"}, os.Environ())
 	case "exit":
 		child := exec.Command(other, "call", strconv.Itoa(os.Getpid()))
-		child.Stdout, child.Stderr, child.ExtraFiles = os.Stdout, os.Stderr, []*os.File{f}
+		child.Stdin, child.Stdout, child.Stderr, child.ExtraFiles = os.Stdin, os.Stdout, os.Stderr, []*os.File{f}
 		return child.Start()
 	}
 	return fmt.Errorf("%q: want stay, exec or exit", then)
