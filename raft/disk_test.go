@@ -155,7 +155,7 @@ func TestSnapshotWhileWriting(t *testing.T) {
 }
 
 // damaged stops a cluster of one with some entries, lets damage change its folder, and returns Open's error.
-func damaged(t *testing.T, snapshot bool, damage func(t *testing.T, m *member)) (error, map[string]uint64) {
+func damaged(t *testing.T, snapshot bool, damage func(t *testing.T, m *member)) (map[string]uint64, error) {
 	t.Helper()
 	c := newCluster(t, 1, func(c *Config) { c.TrailingLogs = 2 })
 	m := c.members[0]
@@ -176,7 +176,7 @@ func damaged(t *testing.T, snapshot bool, damage func(t *testing.T, m *member)) 
 		indexes[string(e.Data)] = e.Index
 	}
 	damage(t, m)
-	return c.tryStart(m, true), indexes
+	return indexes, c.tryStart(m, true)
 }
 
 // edit changes the log file through bbolt, as a bug or a bad disk that bbolt does not notice would.
@@ -302,7 +302,7 @@ func TestDamage(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			err, indexes := damaged(t, tc.snapshot, tc.damage)
+			indexes, err := damaged(t, tc.snapshot, tc.damage)
 			want := tc.want
 			for name, index := range indexes {
 				want = strings.ReplaceAll(want, "{"+name+"}", fmt.Sprint(index))

@@ -257,7 +257,11 @@ func (l *link) read() {
 			l.fail(err)
 			return
 		}
-		if f.kind == kindPong {
+		switch f.kind {
+		case kindPong:
+			continue
+		case kindGoodbye:
+			l.retire()
 			continue
 		}
 		l.mu.Lock()

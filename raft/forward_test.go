@@ -344,3 +344,46 @@ func TestClosing(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestGoodbye: a link that was told goodbye takes nothing new, gives what is under way its answer, and closes.
+func TestGoodbye(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1, nil)
+	closed := make(chan error, 1)
+	answer := make(chan struct{})
+	address := fakeLeader(t, func(conn net.Conn) {
+		f, err := readFrame(conn)
+		for err == nil && f.kind == kindPing {
+			f, err = readFrame(conn)
+		}
+		bye, _ := appendFrame(nil, frame{kind: kindGoodbye})
+		conn.Write(bye)
+		<-answer
+		ok, _ := appendFrame(nil, frame{kindOK, f.id, make([]byte, 8)})
+		conn.Write(ok)
+		for err == nil {
+			_, err = readFrame(conn)
+		}
+		closed <- err
+	})
+	l, err := c.members[0].connect(within(t), address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := l.ask(within(t), request{kindPropose, []byte("x")})
+		done <- err
+	}()
+	eventually(t, "the link is retired", l.dead)
+	if _, err := l.ask(within(t), request{kindPropose, []byte("y")}); !errors.Is(err, errNotExecuted) {
+		t.Errorf("after goodbye: %v", err)
+	}
+	close(answer)
+	if err := <-done; err != nil {
+		t.Errorf("under way: %v", err)
+	}
+	if err := <-closed; err != io.EOF {
+		t.Errorf("closed with %v", err)
+	}
+}

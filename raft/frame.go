@@ -37,6 +37,7 @@ const (
 	kindUnknown     frameKind = 0x83 // payload: why; the outcome is unknown
 	kindRefused     frameKind = 0x84 // payload: why; trying again is useless
 	kindPong        frameKind = 0x85 // no payload
+	kindGoodbye     frameKind = 0x86 // no payload, to no request: ask another member from now on
 )
 
 // errFrame is wrapped by what is wrong with a frame.
@@ -49,7 +50,7 @@ type frame struct {
 }
 
 func (k frameKind) known() bool {
-	return k >= kindPropose && k <= kindPing || k >= kindOK && k <= kindPong
+	return k >= kindPropose && k <= kindPing || k >= kindOK && k <= kindGoodbye
 }
 
 // appendFrame encodes a frame.

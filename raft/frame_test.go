@@ -59,7 +59,7 @@ func TestBadFrames(t *testing.T) {
 		"kind 0":     header(1, 0, 1, 0),
 		"kind 7":     header(1, 7, 1, 0),
 		"kind 0x80":  header(1, 0x80, 1, 0),
-		"kind 0x86":  header(1, 0x86, 1, 0),
+		"kind 0x87":  header(1, 0x87, 1, 0),
 		"oversize":   header(1, 1, 1, maxPayload+1),
 		"size max":   header(1, 1, 1, 1<<32-1),
 		"plain text": []byte("GET / HTTP/1.1\r\n\r\n"),

@@ -40,6 +40,12 @@ func (l *leadership) get() (reign context.Context, changed <-chan struct{}) {
 	return l.current, l.changed
 }
 
+// clear is for a member that does not lead.
+func (l *leadership) clear() {
+	var none context.Context
+	l.set(none, nil)
+}
+
 func (l *leadership) leaderSeen() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -55,7 +61,7 @@ func (l *leadership) whenSeen() <-chan struct{} {
 
 // watchLeadership follows raft's word on whether this member leads.
 func (n *Node) watchLeadership(notify <-chan bool) {
-	defer n.lead.set(nil, nil)
+	defer n.lead.clear()
 	for {
 		select {
 		case <-n.ctx.Done():
@@ -65,7 +71,7 @@ func (n *Node) watchLeadership(notify <-chan bool) {
 				n.ascend()
 				continue
 			}
-			n.lead.set(nil, nil)
+			n.lead.clear()
 			// The last moment at which a quorum was certain is a lease before the one it was missed at.
 			n.fresh.ledUntil(time.Now().Add(-n.cfg.LeaseTimeout))
 		}

@@ -116,8 +116,10 @@ type Node struct {
 	failed   chan struct{} // closed when the node has stopped by itself
 	failure  error         // set before failed is closed
 
-	inflight  inflight
+	inflight  gauge // requests given to raft or being answered
+	serving   gauge // connections with other members' requests
 	closing   atomic.Bool
+	goodbye   chan struct{} // closed when the others shall ask elsewhere
 	closeOnce sync.Once
 	closeErr  error
 }
@@ -196,10 +198,11 @@ func Open(cfg Config) (_ *Node, err error) {
 	}
 	n := &Node{
 		cfg: cfg, self: hraft.ServerID(cfg.ID), log: cfg.Log,
-		failed: make(chan struct{}),
+		failed: make(chan struct{}), goodbye: make(chan struct{}),
 	}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	n.inflight.init()
+	n.serving.init()
 	n.lead.init()
 	n.out.init(n)
 	defer func() {
@@ -326,6 +329,9 @@ func (n *Node) Close() error {
 			n.inflight.drain(2 * n.cfg.HeartbeatTimeout)
 			// 2. The connections still work: the next leader may need this member's vote.
 			n.handOver()
+			// 3. What was sent here in the meantime is answered (not executed) before the connection goes.
+			close(n.goodbye)
+			n.serving.drain(n.cfg.HeartbeatTimeout)
 		}
 		n.closeErr = n.undo()
 	})

@@ -22,39 +22,40 @@ type request struct {
 	payload []byte
 }
 
-// inflight counts the requests this node has given to its raft, so that Close can let them finish.
-type inflight struct {
+// gauge counts what Close waits for.
+type gauge struct {
 	mu   sync.Mutex
 	n    int
 	idle chan struct{} // closed while n is 0
 }
 
-func (i *inflight) init() {
-	i.idle = make(chan struct{})
-	close(i.idle)
+func (g *gauge) init() {
+	g.idle = make(chan struct{})
+	close(g.idle)
 }
 
-func (i *inflight) add() {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.n == 0 {
-		i.idle = make(chan struct{})
+func (g *gauge) add() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.n == 0 {
+		g.idle = make(chan struct{})
 	}
-	i.n++
+	g.n++
 }
 
-func (i *inflight) done() {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.n--; i.n == 0 {
-		close(i.idle)
+func (g *gauge) done() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.n--; g.n == 0 {
+		close(g.idle)
 	}
 }
 
-func (i *inflight) drain(limit time.Duration) {
-	i.mu.Lock()
-	idle := i.idle
-	i.mu.Unlock()
+// drain waits until nothing is left, or for as long as limit.
+func (g *gauge) drain(limit time.Duration) {
+	g.mu.Lock()
+	idle := g.idle
+	g.mu.Unlock()
 	select {
 	case <-idle:
 	case <-time.After(limit):

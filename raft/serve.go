@@ -33,6 +33,15 @@ func (n *Node) serve(conn net.Conn) {
 	defer wg.Wait()
 	defer cancel()
 	defer conn.Close()
+	n.serving.add()
+	defer n.serving.done()
+	wg.Go(func() {
+		select {
+		case <-n.goodbye:
+			s.reply(frame{kind: kindGoodbye}) // the other side closes when it has its answers
+		case <-ctx.Done():
+		}
+	})
 	slots := make(chan struct{}, maxServed)
 	r := bufio.NewReader(conn)
 	for {

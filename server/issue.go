@@ -240,7 +240,7 @@ func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) (
 	}
 	for _, sel := range seen {
 		if sel.Proven() {
-			return nil, fmt.Errorf("%w: selector %q cannot be asserted, only proven: agents say unix: and systemd:", identity.ErrDenied, sel)
+			return nil, fmt.Errorf("%w: selector %q cannot be asserted, only proven: agents only say unix: and systemd: ones", identity.ErrDenied, sel)
 		}
 	}
 	if token != "" {

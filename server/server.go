@@ -169,8 +169,7 @@ func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int,
 		grpc.ConnectionTimeout(firstFrame),
 		grpc.KeepaliveParams(ka),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		// A connection is one agent, idle nearly always: buffers are for those that speak.
-		grpc.SharedWriteBuffer(true),
+		// A connection is one agent, idle nearly always.
 		grpc.ReadBufferSize(4<<10),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),

@@ -22,7 +22,6 @@ import (
 type syncer struct {
 	t      *testing.T
 	w      *world
-	acks   uint64
 	stream grpc.BidiStreamingClient[nodev1.SyncRequest, nodev1.SyncResponse]
 	got    chan *nodev1.SyncResponse
 	end    chan error
