@@ -113,6 +113,17 @@ func (f *fakeState) Agent(id string) (*identity.Agent, bool) {
 	return a, ok
 }
 
+func (f *fakeState) NodeBanned(cluster, node string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, a := range f.agentsByID {
+		if a.Banned && a.KubeNode != "" && a.KubeCluster == cluster && a.KubeNode == node {
+			return true
+		}
+	}
+	return false
+}
+
 func (f *fakeState) Authorities() []identity.Authority {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -255,6 +255,9 @@ func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) (
 			if err := sameNode(who.agent, claims.Cluster, claims.NodeName, claims.Namespace, claims.PodName); err != nil {
 				return nil, err
 			}
+		} else if s.cfg.State.NodeBanned(claims.Cluster, claims.NodeName) {
+			// Who owns a banned agent's node has its pods' tokens, and must not come with them by this way either.
+			return nil, fmt.Errorf("%w: the agent of node %q of kube cluster %q is banned, and so are the node's pods without an agent", identity.ErrDenied, claims.NodeName, claims.Cluster)
 		}
 		seen = append(seen, claims.Selectors()...)
 	}

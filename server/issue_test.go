@@ -310,6 +310,34 @@ func TestAgentless(t *testing.T) {
 	w.wantNoSecrets(t, nil, token)
 }
 
+// A ban is of no use if the node's pods' tokens, which its owner has, still work without the agent.
+func TestBanReachesAgentlessPods(t *testing.T) {
+	w := newWorld(t).start(t)
+	w.registerCluster(t)
+	a, _ := w.agent(t, "a1", "node-1")
+	c := workloadv1.NewWorkloadClient(w.dial(t, nil))
+	_, pub := newKey(t)
+	ask := func(node string) error {
+		ev := &workloadv1.Evidence{Token: w.podToken(t, pod{node: node})}
+		_, err := c.IssueX509(testContext(t), &workloadv1.IssueX509Request{Requests: []*workloadv1.X509Request{{PublicKey: pub, Evidence: ev}}})
+		_, err2 := c.IssueJWT(testContext(t), &workloadv1.IssueJWTRequest{Evidence: ev, Audience: []string{"db"}})
+		if (err == nil) != (err2 == nil) {
+			t.Fatalf("X.509: %v, JWT: %v", err, err2)
+		}
+		return err
+	}
+	if err := ask("node-1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.admin(t).BanAgent(testContext(t), &adminv1.NameRequest{Name: a.ID}); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, ask("node-1"), codes.PermissionDenied, "node-1", "banned")
+	if err := ask("node-2"); err != nil {
+		t.Errorf("a pod of another node: %v", err)
+	}
+}
+
 func TestIssueJWT(t *testing.T) {
 	w := newWorld(t).start(t)
 	_, cert := w.agent(t, "a1", "")

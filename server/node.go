@@ -144,6 +144,10 @@ func (s *Server) keepRecord(ctx context.Context, a identity.Agent) error {
 	if ok && old.Banned {
 		return fmt.Errorf("%w: agent %s is banned", identity.ErrDenied, a.ID)
 	}
+	// Evidence of another kind, which a banned agent's node may well have, does not let it in again; an operator's token does.
+	if a.Kind != node.KindJoin && a.KubeNode != "" && s.cfg.State.NodeBanned(a.KubeCluster, a.KubeNode) {
+		return fmt.Errorf("%w: an agent of node %q of kube cluster %q is banned: if the node is to be trusted again, make a join token for it (countersign token create --agent --kube-node %s/%s)", identity.ErrDenied, a.KubeNode, a.KubeCluster, a.KubeCluster, a.KubeNode)
+	}
 	known := ok && old.Kind == a.Kind && old.KubeCluster == a.KubeCluster && old.KubeNode == a.KubeNode && slices.Equal(old.Selectors, a.Selectors)
 	if known {
 		var cancel context.CancelFunc

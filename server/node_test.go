@@ -126,6 +126,19 @@ func TestAttestByKubeToken(t *testing.T) {
 	_, err = attest(t, conn, byKube("", cluster, pub))
 	wantCode(t, err, codes.InvalidArgument)
 
+	// Another agent of the node was banned: its pod's token is no way around that, a new token of an operator's is.
+	other, _ := w.agent(t, "a9", "node-9")
+	if err := w.state.BanAgent(testContext(t), other.ID); err != nil {
+		t.Fatal(err)
+	}
+	onNine := pod{ns: "countersign", sa: "agent", name: "agent-z", node: "node-9"}
+	_, err = attest(t, conn, byKube(w.podToken(t, onNine), cluster, pub))
+	wantCode(t, err, codes.PermissionDenied, "node-9", "banned")
+	again := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "agent", KubeCluster: cluster, KubeNode: "node-9"})
+	if _, err := attest(t, conn, byJoin(again.Secret, pub)); err != nil {
+		t.Errorf("with a new join token: %v", err)
+	}
+
 	// Without a leader, who is known comes in again; who is not does not.
 	w.state.mu.Lock()
 	w.state.down = fmt.Errorf("%w: no leader", identity.ErrUnavailable)

@@ -34,6 +34,8 @@ type Registry interface {
 	KubeClusters() []identity.KubeCluster
 	Agent(id string) (*identity.Agent, bool)
 	Agents(after string, limit int) (agents []*identity.Agent, next string)
+	// NodeBanned reports whether any banned agent speaks for the Kubernetes node. It is asked for every agentless call.
+	NodeBanned(cluster, node string) bool
 }
 
 // Trust is what the trust domain vouches for, and who serves it.

@@ -163,7 +163,7 @@ func checkConsistent(t testing.TB, s *Store) {
 			name       string
 			have, want any
 		}{
-			{"revision", have.revision, v.revision}, {"entries", have.entries, v.entries}, {"agents", have.agents, v.agents},
+			{"revision", have.revision, v.revision}, {"entries", have.entries, v.entries}, {"agents", have.agents, v.agents}, {"banned nodes", have.bannedNodes, v.bannedNodes},
 			{"kube clusters", have.kube, v.kube}, {"bundle", have.bundle, v.bundle},
 			{"authorities", values(have.authorities), values(v.authorities)}, {"members", values(have.members), values(v.members)},
 		} {

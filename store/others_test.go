@@ -121,6 +121,38 @@ func TestAgents(t *testing.T) {
 	checkConsistent(t, s)
 }
 
+// A ban concerns the node too: its pods must not come without an agent. It outlives a restart.
+func TestNodeBanned(t *testing.T) {
+	s, w, _ := newStore(t)
+	ctx := t.Context()
+	in := agent("one")
+	in.KubeCluster, in.KubeNode = "c", "n"
+	must[identity.Agent](t)(w.PutAgent(ctx, in))
+	must[identity.Agent](t)(w.PutAgent(ctx, agent("two"))) // of no node
+	if s.NodeBanned("c", "n") || s.NodeBanned("", "") {
+		t.Fatal("banned before anybody said so")
+	}
+	for _, name := range []string{"one", "two"} {
+		if err := w.BanAgent(ctx, agent(name).ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !s.NodeBanned("c", "n") {
+		t.Error("the banned agent's node is not banned")
+	}
+	if s.NodeBanned("c", "m") || s.NodeBanned("d", "n") || s.NodeBanned("", "") {
+		t.Error("another node is banned")
+	}
+	checkConsistent(t, s)
+	dir := s.dir
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s = openAt(t, dir); !s.NodeBanned("c", "n") {
+		t.Error("forgotten over a restart")
+	}
+}
+
 func TestKubeClusters(t *testing.T) {
 	s, w, _ := newStore(t)
 	ctx := t.Context()

@@ -17,17 +17,20 @@ type view struct {
 	entries     map[string]*entryRecord
 	index       *matchIndex
 	agents      map[string]*identity.Agent
+	bannedNodes map[kubeNode]struct{} // those that a banned agent speaks for; a ban is for good, so this only grows
 	kube        map[string]*identity.KubeCluster
 	authorities []*identity.Authority
 	bundle      *identity.Bundle
 	members     []*identity.Member
 }
 
+type kubeNode struct{ cluster, name string }
+
 func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	t := state{tx}
 	v := &view{
 		revision: t.counter(metaApplied), entries: make(map[string]*entryRecord), index: newMatchIndex(),
-		agents: make(map[string]*identity.Agent), kube: make(map[string]*identity.KubeCluster),
+		agents: make(map[string]*identity.Agent), bannedNodes: make(map[kubeNode]struct{}), kube: make(map[string]*identity.KubeCluster),
 	}
 	entries, err := all[entryRecord](t, kindEntry)
 	if err != nil {
@@ -41,7 +44,7 @@ func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 		return nil, err
 	}
 	for _, a := range agents {
-		v.agents[a.ID] = a
+		v.putAgent(a)
 	}
 	kube, err := all[identity.KubeCluster](t, kindKubeCluster)
 	if err != nil {
@@ -64,6 +67,13 @@ func (v *view) putEntry(r *entryRecord) {
 	v.index.insert(r)
 }
 
+func (v *view) putAgent(a *identity.Agent) {
+	v.agents[a.ID] = a
+	if a.Banned && a.KubeNode != "" {
+		v.bannedNodes[kubeNode{a.KubeCluster, a.KubeNode}] = struct{}{}
+	}
+}
+
 // apply makes a change visible and says what a watcher is to hear of it.
 func (v *view) apply(c change) identity.Change {
 	out := identity.Change{Revision: c.revision, Agent: c.agent, AgentGone: c.agentGone, Bundle: c.bundle != nil, Members: c.membersChanged}
@@ -83,7 +93,7 @@ func (v *view) apply(c change) identity.Change {
 	case c.agent != nil && c.agentGone && !c.agent.Banned:
 		delete(v.agents, c.agent.ID)
 	case c.agent != nil:
-		v.agents[c.agent.ID] = c.agent
+		v.putAgent(c.agent)
 	case c.putKube != nil:
 		out.KubeCluster = c.putKube.Name
 		v.kube[c.putKube.Name] = c.putKube
@@ -138,6 +148,14 @@ func (s *Store) Agent(id string) (*identity.Agent, bool) {
 	defer s.mu.RUnlock()
 	a, ok := s.view.agents[id]
 	return a, ok
+}
+
+// NodeBanned reports whether an agent that speaks for the Kubernetes node is banned.
+func (s *Store) NodeBanned(cluster, node string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	_, ok := s.view.bannedNodes[kubeNode{cluster, node}]
+	return ok
 }
 
 // KubeCluster returns the registration of that name.
