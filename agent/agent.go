@@ -6,7 +6,8 @@
 // What it trusts: the newest bundle it has seen, and before the first one a CA pin or a given bundle. It takes
 // nothing from a member on its word alone: an SVID must be for the key it made, of the trust domain, and chain to the bundle.
 //
-// When the members are away, SVIDs are served until they expire. Three things end one sooner: a member says that the
+// When the members are away, SVIDs are served until they expire: to a pod's process as long as it shows a token that a member has
+// verified (see cacheKey). Three things end one sooner: a member says that the
 // pod is gone or denies the identity; every reachable member refuses the agent itself; or a member has said that
 // the entries changed and no member confirms the identity within changedGrace. From the moment of such a
 // change the old SVIDs are handed to no new caller.

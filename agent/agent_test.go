@@ -105,7 +105,7 @@ func TestOneQuestionPerWorkload(t *testing.T) {
 	eventually(t, "the flight", func() bool {
 		a.cache.mu.Lock()
 		defer a.cache.mu.Unlock()
-		w := a.cache.byKey["key of web"]
+		w := a.cache.byKey[cacheKey("key of web", []byte("web"))]
 		return w != nil && w.flight != nil
 	})
 	cancel() // who asked is gone; the answer is kept all the same

@@ -3,9 +3,12 @@ package agent
 import (
 	"bytes"
 	"container/heap"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -13,10 +16,11 @@ import (
 	"countersign.io/countersign/identity"
 )
 
-// workload is one attestor.Workload.Key with an identity, or with a question about one under way. Its fields are owned by
-// cache.mu; the slices' contents are immutable and shared with whoever was sent them.
+// workload is one caller with an identity, or with a question about one under way. Its fields are owned by cache.mu, but for
+// who, which never changes; the slices' contents are immutable and shared with whoever was sent them.
 type workload struct {
-	key       string
+	who       string // attestor.Workload.Key
+	key       string // see cacheKey
 	handle    uint64 // the name that members know it by; never used twice
 	svids     []identity.X509SVID
 	selectors []string // as the member accepted them
@@ -33,6 +37,21 @@ type workload struct {
 	due         time.Time // of its next timer
 	index       int       // in the heap; -1: not there
 }
+
+// cacheKey is what an identity is found by: the workload and, for a pod, the token that a member took for it. The agent
+// cannot verify a token, and a process outside of pods may be able to give its cgroup the name of one. So whoever
+// looks like a pod but shows another token than the one that was verified must not get what is held for it, nor, by
+// being refused, end it: he is another workload until a member has said that he is the same.
+func cacheKey(who string, token []byte) string {
+	if len(token) == 0 {
+		return who
+	}
+	h := sha256.Sum256(token)
+	return who + tokenMark + hex.EncodeToString(h[:16])
+}
+
+// tokenMark is in no attestor.Workload.Key, which is hexadecimal.
+const tokenMark = "#"
 
 // stream is one open Updates call. gone is owned by cache.mu.
 type stream struct {
@@ -115,7 +134,8 @@ func (c *cache) find(key string, now time.Time, alone bool) (w *workload, f *fli
 
 func (c *cache) add(key string) *workload {
 	c.handles++
-	w := &workload{key: key, handle: c.handles, index: -1}
+	who, _, _ := strings.Cut(key, tokenMark)
+	w := &workload{who: who, key: key, handle: c.handles, index: -1}
 	c.newEpoch(w)
 	c.byKey[key] = w
 	c.byHandle[w.handle] = w
@@ -152,8 +172,8 @@ func (c *cache) usable(w *workload, now time.Time) bool {
 	return w.gone == nil && w.live(now)
 }
 
-// settle takes the answer to a flight.
-func (c *cache) settle(w *workload, f *flight, res *issued, now time.Time) {
+// settle takes the answer to a flight; key is what the evidence that was shown makes of the workload.
+func (c *cache) settle(w *workload, f *flight, key string, res *issued, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	w.flight = nil
@@ -165,6 +185,7 @@ func (c *cache) settle(w *workload, f *flight, res *issued, now time.Time) {
 		f.err = fmt.Errorf("%w: the entries have changed and the member that answered does not know it yet", identity.ErrUnavailable)
 		c.schedule(w, now.Add(changedRetry))
 	case res.err == nil:
+		c.rename(w, key)
 		w.svids, w.selectors, w.update = res.svids, res.selectors, nil
 		w.changedAt, w.minRevision = time.Time{}, 0
 		w.renewAt = halfLife(now, w.expires())
@@ -183,6 +204,17 @@ func (c *cache) settle(w *workload, f *flight, res *issued, now time.Time) {
 		c.schedule(w, c.retryAt(w, now))
 	}
 	close(f.done)
+}
+
+// rename follows a pod's token: the kubelet has replaced it, and a member took the new one.
+func (c *cache) rename(w *workload, key string) {
+	if w.key == key || c.byKey[key] != nil { // somebody came with it before: then there are two, until one is done
+		return
+	}
+	delete(c.byKey, w.key)
+	c.save(w.key)
+	w.key = key
+	c.byKey[key] = w
 }
 
 // retryAt is when to ask again after a question that had no answer.

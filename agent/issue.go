@@ -18,6 +18,7 @@ import (
 type issueRequest struct {
 	w        *workload
 	f        *flight
+	cacheKey string // of the workload with this evidence
 	evidence identity.Evidence
 	key      keyPair
 }
@@ -77,7 +78,7 @@ func (a *Agent) launch(w *workload, f *flight, ev identity.Evidence) {
 	a.keygen <- struct{}{}
 	key, err := a.cfg.KeyType.makePair()
 	<-a.keygen
-	r := &issueRequest{w: w, f: f, evidence: cloneEvidence(ev), key: key}
+	r := &issueRequest{w: w, f: f, cacheKey: cacheKey(w.who, ev.Token), evidence: cloneEvidence(ev), key: key}
 	if err == nil && !a.issuer.put(r) {
 		err = fmt.Errorf("%w: the agent is stopping", identity.ErrUnavailable)
 	}
@@ -92,7 +93,7 @@ func (a *Agent) finish(r *issueRequest, res *issued, err error) {
 		res = &issued{err: err}
 	}
 	clear(r.evidence.Token)
-	a.cache.settle(r.w, r.f, res, time.Now())
+	a.cache.settle(r.w, r.f, r.cacheKey, res, time.Now())
 }
 
 func (a *Agent) runIssuer(ctx context.Context) error {

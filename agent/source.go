@@ -100,7 +100,7 @@ func (a *Agent) fetch(ctx context.Context, wl *attestor.Workload) (*workload, er
 		return nil, ctx.Err()
 	}
 	now := time.Now()
-	w, f, mine := a.cache.find(wl.Key, now, a.link.why() != nil)
+	w, f, mine := a.cache.find(cacheKey(wl.Key, wl.Evidence.Token), now, a.link.why() != nil)
 	if f == nil {
 		return w, nil
 	}

@@ -150,7 +150,7 @@ func (a *Agent) renew(ctx context.Context, w *workload) {
 			continue
 		}
 		err = checkEvidence(&wl.Evidence)
-		if wl.Key != w.key {
+		if wl.Key != w.who {
 			err = errMoved()
 		}
 		if err != nil {
