@@ -135,10 +135,20 @@ func New(cfg Config) (*Attestor, error) {
 	return &Attestor{cfg: cfg, names: names{now: cfg.Now, cache: cache}, hasher: h}, nil
 }
 
+// byCgroups reads where the caller's first thread is. One that is exiting, while others of the process live on, is at the
+// root of all version 1 hierarchies (cgroups(7)): a pod's process could so pass for a plain one. The flag is
+// read after the cgroups, and never taken back.
 func byCgroups(p *Peer) (Place, error) {
 	data, err := p.cgroups()
 	if err != nil {
 		return Place{}, err
+	}
+	gone, err := p.exiting()
+	if err != nil {
+		return Place{}, err
+	}
+	if gone {
+		return Place{}, fmt.Errorf("process %d: its first thread is exiting: %w", p.pid, ErrPeerChanged)
 	}
 	return parseCgroups(data)
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/user"
@@ -297,7 +298,8 @@ func TestAttestWhileAnotherHangs(t *testing.T) {
 	pod := Place{PodUID: podA, TokenPath: tokenFile}
 	a := newAttestor(t, Config{Locate: func(p *Peer) (Place, error) { return pod, nil }, Timeout: 50 * time.Millisecond})
 	p := startCaller(t, callerOptions{}).peer()
-	if err := a.gate.enter(t.Context(), "pod "+podA); err != nil { // as one that hangs does
+	gateName := fmt.Sprintf("pod %s uid %d", podA, os.Geteuid())
+	if err := a.gate.enter(t.Context(), gateName); err != nil { // as one that hangs does
 		t.Fatal(err)
 	}
 	if w, err := a.Attest(t.Context(), p); w != nil || !errors.Is(err, identity.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
@@ -314,7 +316,11 @@ func TestAttestWhileAnotherHangs(t *testing.T) {
 		t.Errorf("another caller: %v", err)
 	}
 	pod.PodUID = podA
-	a.gate.leave("pod " + podA)
+	if err := a.gate.enter(t.Context(), fmt.Sprintf("pod %s uid %d", podA, os.Geteuid()+1)); err != nil { // who only looks like the pod
+		t.Errorf("another user's: %v", err)
+	}
+	pod.PodUID = podA
+	a.gate.leave(gateName)
 	if _, err := a.Attest(t.Context(), p); err != nil {
 		t.Errorf("after it went on: %v", err)
 	}

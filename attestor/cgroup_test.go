@@ -2,8 +2,12 @@ package attestor
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"countersign.io/countersign/identity"
 )
@@ -129,5 +133,36 @@ func TestParseCgroupsRefuses(t *testing.T) {
 				t.Errorf("got %+v, %v; want an error with %q", got, err, c.want)
 			}
 		})
+	}
+}
+
+// On version 1 the first thread of a process is at the root of every hierarchy once it is exiting, which a pod can make last
+// (by a page that its own file server does not give, say) while its other threads live on. It is not a plain process.
+func TestCgroupsOfExitingThread(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "task", "7"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(dir, "cgroup"), []byte(v1("/")))
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Peer{pid: 7, pidfd: -1, dir: fd}
+	defer p.Close()
+	_, err = byCgroups(p)
+	wantChanged(t, "the thread is gone", err)
+	for flags, want := range map[string]bool{"4194560": false, "4194564": true, "4": true, "0": false} {
+		writeFile(t, filepath.Join(dir, "task", "7", "stat"), []byte("7 (a) b) S 1 7 7 0 -1 "+flags+" 1 2 3 4 5 6 7 8 20 0 1 0 9 10\n"))
+		place, err := byCgroups(p)
+		if want {
+			wantChanged(t, "flags "+flags, err)
+		} else if err != nil || place != (Place{}) {
+			t.Errorf("flags %s: got %+v, %v", flags, place, err)
+		}
+	}
+	writeFile(t, filepath.Join(dir, "task", "7", "stat"), []byte("7 (a) S 1"))
+	if _, err := byCgroups(p); !errors.Is(err, identity.ErrUnavailable) {
+		t.Errorf("a stat without flags: got %v", err)
 	}
 }

@@ -36,6 +36,8 @@ type hasher struct {
 	now   func() time.Time
 	log   *slog.Logger
 	cache *lru.Cache[version, string] // "" for one that is over the limit
+
+	fileSystem func(handle int) (int64, error) // the kind; only a test gives another than fileSystemOf
 }
 
 func newHasher(limit int64, now func() time.Time, log *slog.Logger) (*hasher, error) {
@@ -43,11 +45,20 @@ func newHasher(limit int64, now func() time.Time, log *slog.Logger) (*hasher, er
 	if err != nil {
 		return nil, fmt.Errorf("making the cache of hashes: %w", err)
 	}
-	return &hasher{limit: limit, now: now, log: log, cache: cache}, nil
+	return &hasher{limit: limit, now: now, log: log, cache: cache, fileSystem: fileSystemOf}, nil
 }
 
 // sum gives the hash, in hex, of the executable that an O_PATH descriptor stands for.
 func (h *hasher) sum(handle int) (string, error) {
+	// Before the cache: whoever serves a FUSE file system chooses inode numbers, sizes and times, and the device number of one
+	// that is gone is given again, so that another's version could be imitated.
+	kind, err := h.fileSystem(handle)
+	if err != nil {
+		return "", fmt.Errorf("hashing an executable: %w", err)
+	}
+	if kind == unix.FUSE_SUPER_MAGIC { // who can show one content to run and another to hash as well
+		return "", errUnhashed
+	}
 	v, err := versionOf(handle)
 	if err != nil {
 		return "", fmt.Errorf("hashing an executable: %w", err)
@@ -82,13 +93,6 @@ func known(sum string) (string, error) {
 }
 
 func (h *hasher) read(handle int) (string, error) {
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(handle, &fs); err != nil {
-		return "", err
-	}
-	if fs.Type == unix.FUSE_SUPER_MAGIC { // whoever serves it can show one content to run and another to hash
-		return "", errUnhashed
-	}
 	fd, err := reopen(handle)
 	if err != nil {
 		return "", err
@@ -104,6 +108,12 @@ func (h *hasher) read(handle int) (string, error) {
 		return "", errUnhashed
 	}
 	return hex.EncodeToString(sum.Sum(nil)), nil
+}
+
+func fileSystemOf(handle int) (int64, error) {
+	var fs unix.Statfs_t
+	err := unix.Fstatfs(handle, &fs)
+	return int64(fs.Type), err
 }
 
 func versionOf(handle int) (version, error) {

@@ -53,6 +53,12 @@ func TestHasher(t *testing.T) {
 	if got, err := h.sum(handle()); err != nil || got != strings.Repeat("0", 64) {
 		t.Errorf("the kept hash was not used: %q, %v", got, err)
 	}
+	// A FUSE file system that shows the very same numbers.
+	h.fileSystem = func(int) (int64, error) { return unix.FUSE_SUPER_MAGIC, nil }
+	if got, err := h.sum(handle()); got != "" || !errors.Is(err, errUnhashed) {
+		t.Errorf("on FUSE: got %q, %v", got, err)
+	}
+	h.fileSystem = fileSystemOf
 	writeFile(t, path, []byte("another content"))
 	now = now.Add(time.Minute)
 	check("a changed file", "another content", 2)

@@ -25,7 +25,8 @@ type sight struct {
 func (a *Attestor) inspect(ctx context.Context, p *Peer, place Place, path string) (sight, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.cfg.Timeout)
 	defer cancel()
-	name := fmt.Sprintf("pod %s", place.PodUID)
+	// The user too: another's process that gives its cgroup the pod's name must not be in the pod's way.
+	name := fmt.Sprintf("pod %s uid %d", place.PodUID, p.uid)
 	if place.PodUID == "" {
 		name = fmt.Sprintf("uid %d on %d:%d", p.uid, p.exe.major, p.exe.minor)
 	}

@@ -282,6 +282,21 @@ func (p *Peer) cgroups() ([]byte, error) {
 	return p.readFile("cgroup")
 }
 
+// exiting is about the first thread alone, by a file whose cost does not grow with the threads that the caller makes.
+func (p *Peer) exiting() (bool, error) {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	stat, err := p.readFile("task/" + strconv.Itoa(p.pid) + "/stat")
+	if err != nil {
+		return false, err
+	}
+	gone, err := exiting(stat)
+	if err != nil {
+		return false, fmt.Errorf("%w: process %d: %v", identity.ErrUnavailable, p.pid, err)
+	}
+	return gone, nil
+}
+
 // readFile reads one of the small files that the kernel makes up. The caller holds mu.
 func (p *Peer) readFile(name string) ([]byte, error) {
 	if p.dir < 0 {
