@@ -105,6 +105,7 @@ func TestKubeForms(t *testing.T) {
 					t.Errorf("a token %s: the error does not say %q: %v", bad.what, bad.says, err)
 				}
 			}
+			deleted := time.Now()
 			k.delete(p)
 			if !f.ends {
 				if _, err := ask(good); err != nil {
@@ -112,7 +113,6 @@ func TestKubeForms(t *testing.T) {
 				}
 				return
 			}
-			deleted := time.Now()
 			w.eventually("a deleted pod's token is refused", func() error {
 				if _, err := ask(good); err == nil {
 					return fmt.Errorf("accepted")
@@ -152,8 +152,8 @@ func TestKubePodEnds(t *testing.T) {
 			for account, l := range map[string]*lines{"goes": gone, "stays": here} {
 				l.wait(t, w.ctx, "the first SVID of "+account, func(l []string) bool { return contains(l, "spiffe://"+trustDomain+"/ns/shop/sa/"+account+" ") })
 			}
-			k.delete(goes)
 			deleted := time.Now()
+			k.delete(goes)
 			gone.wait(t, w.ctx, "PermissionDenied on the stream", func(l []string) bool { return contains(l, "PermissionDenied") })
 			took := time.Since(deleted)
 			t.Logf("the stream of a deleted pod ended after %v: %s", took.Round(time.Millisecond), gone.tail(1))
@@ -342,13 +342,18 @@ func TestKubeDown(t *testing.T) {
 	unavailable("hanging")
 
 	k.proc.Signal(syscall.SIGCONT)
+	again := func(what string) {
+		t.Helper()
+		w.eventually(what, func() error {
+			if out := n.sandbox(late.uid, "systemd", token).ask(); !strings.Contains(out, "/ns/shop/sa/late") {
+				return fmt.Errorf("%s", out)
+			}
+			return nil
+		})
+	}
+	again("TokenReview serves when the API server is back")
 	register(w, "--jwks-url", "https://kubernetes.default.svc/openid/v1/jwks", "--kubeconfig", seeing)
-	w.eventually("fetched keys serve", func() error {
-		if out := n.sandbox(late.uid, "systemd", token).ask(); !strings.Contains(out, "/ns/shop/sa/late") {
-			return fmt.Errorf("%s", out)
-		}
-		return nil
-	})
+	again("fetched keys serve")
 	k.proc.Kill()
 	good("gone, keys fetched before")
 	register(w, "--jwks-file", jwks)
