@@ -77,17 +77,18 @@ func checkPopKey(pub crypto.PublicKey) error {
 		return nil
 	case *rsa.PublicKey:
 		if n := k.N.BitLen(); n < minRSABits || n > maxRSABits {
-			return fmt.Errorf("%w: the certificate's RSA key has %d bits: want %d to %d", identity.ErrInvalid, n, minRSABits, maxRSABits)
+			return fmt.Errorf("%w: its RSA key has %d bits: want %d to %d", identity.ErrInvalid, n, minRSABits, maxRSABits)
 		}
 		return nil
 	}
-	return fmt.Errorf("%w: the certificate's key is a %T: want RSA, ECDSA or Ed25519", identity.ErrInvalid, pub)
+	return fmt.Errorf("%w: its key is a %T: want RSA, ECDSA or Ed25519", identity.ErrInvalid, pub)
 }
 
 // VerifyX509Pop is the member's half. The chain (DER, leaf first) must lead to one of the roots, be valid at now and be
 // good for client authentication; the signature must be the leaf key's over challenge and publicKey (PKIX, DER, of
 // the SVID to be). It returns the leaf's common name as it stands (see NodeNameFromCN before taking it for a node)
-// and the SHA-256 of the leaf in hex. Malformed input wraps identity.ErrInvalid, a proof that does not hold
+// and, in hex, the SHA-256 of what of the leaf is signed: the signature itself is not in it, since anybody can turn
+// an ECDSA signature into another good one, and a banned agent would be a new one. Malformed input wraps identity.ErrInvalid, a proof that does not hold
 // identity.ErrUnauthenticated, a member without roots identity.ErrPrecondition.
 func VerifyX509Pop(chain [][]byte, roots *x509.CertPool, challenge, publicKey, signature []byte, now time.Time) (cn, fingerprint string, err error) {
 	leaf, err := VerifyX509PopChain(chain, roots, now)
@@ -111,7 +112,7 @@ func VerifyX509Pop(chain [][]byte, roots *x509.CertPool, challenge, publicKey, s
 	if !ok {
 		return "", "", fmt.Errorf("verifying x509pop proof: %w: the signature is not by the key of the certificate of %q over this challenge and public key: does the agent's key file belong to its certificate?", identity.ErrUnauthenticated, leaf.Subject.CommonName)
 	}
-	h := sha256.Sum256(leaf.Raw)
+	h := sha256.Sum256(leaf.RawTBSCertificate)
 	return leaf.Subject.CommonName, hex.EncodeToString(h[:]), nil
 }
 
@@ -133,12 +134,13 @@ func VerifyX509PopChain(chain [][]byte, roots *x509.CertPool, now time.Time) (*x
 		if err != nil {
 			return nil, fmt.Errorf("verifying x509pop certificate: %w: certificate %d: %v", identity.ErrInvalid, i+1, err)
 		}
+		// Of each, before any signature is checked: under a stranger's RSA key of 100000 bits that takes long.
+		if err := checkPopKey(c.PublicKey); err != nil {
+			return nil, fmt.Errorf("verifying x509pop certificate: certificate %d: %w", i+1, err)
+		}
 		certs[i] = c
 	}
 	leaf := certs[0]
-	if err := checkPopKey(leaf.PublicKey); err != nil {
-		return nil, fmt.Errorf("verifying x509pop certificate: %w", err)
-	}
 	if leaf.IsCA || leaf.KeyUsage != 0 && leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
 		return nil, fmt.Errorf("verifying x509pop certificate: %w: the certificate of %q is a CA's or not for signatures: want a leaf with key usage digitalSignature", identity.ErrUnauthenticated, leaf.Subject.CommonName)
 	}

@@ -11,6 +11,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"errors"
 	"math/big"
@@ -100,7 +101,11 @@ func TestX509Pop(t *testing.T) {
 				t.Fatal(err)
 			}
 			cn, fp, err := VerifyX509Pop(chain, roots, challenge, svidKey, sig, popNow)
-			sum := sha256.Sum256(leaf)
+			parsed, perr := x509.ParseCertificate(leaf)
+			if perr != nil {
+				t.Fatal(perr)
+			}
+			sum := sha256.Sum256(parsed.RawTBSCertificate)
 			if err != nil || cn != "node-1" || fp != hex.EncodeToString(sum[:]) {
 				t.Fatalf("%q %q %v", cn, fp, err)
 			}
@@ -142,6 +147,54 @@ func TestX509Pop(t *testing.T) {
 	}
 }
 
+// The signature (r, s) of a certificate is as good as (r, n-s). Who makes one of the other must stay the same agent, or a ban
+// could be shaken off.
+func TestX509PopFingerprintIgnoresSignature(t *testing.T) {
+	root, _ := newCA(t, nil, "root")
+	roots := x509.NewCertPool()
+	roots.AddCert(root.cert)
+	key := ecKey(t)
+	leaf := root.issue(t, key, "node-1", nil)
+	var outer struct {
+		TBS       asn1.RawValue
+		Algorithm asn1.RawValue
+		Signature asn1.BitString
+	}
+	var sig struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(leaf, &outer); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := asn1.Unmarshal(outer.Signature.Bytes, &sig); err != nil {
+		t.Fatal(err)
+	}
+	sig.S.Sub(elliptic.P256().Params().N, sig.S)
+	der, err := asn1.Marshal(sig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	outer.Signature = asn1.BitString{Bytes: der, BitLength: 8 * len(der)}
+	other, err := asn1.Marshal(outer)
+	if err != nil || bytes.Equal(other, leaf) {
+		t.Fatal("the certificate was not changed", err)
+	}
+	challenge := Challenge()
+	proof, err := SignX509Pop(key, challenge, []byte("k"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, one, err := VerifyX509Pop([][]byte{leaf}, roots, challenge, []byte("k"), proof, popNow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, two, err := VerifyX509Pop([][]byte{other}, roots, challenge, []byte("k"), proof, popNow)
+	if err != nil {
+		t.Fatal("the changed certificate is not good, and the test shows nothing:", err)
+	}
+	if one != two {
+		t.Error("one certificate makes two agents")
+	}
+}
+
 func second(_, _ string, err error) error { return err }
 
 func TestX509PopRefusesCertificates(t *testing.T) {
@@ -154,6 +207,14 @@ func TestX509PopRefusesCertificates(t *testing.T) {
 		t.Fatal(err)
 	}
 	key := ecKey(t)
+	// A key that nobody has, and that no signature is checked under: the leaf only names its certificate as its issuer.
+	huge := &rsa.PublicKey{N: new(big.Int).SetBit(big.NewInt(1), 99999, 1), E: 1<<31 - 1}
+	hugeTmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "huge"}, NotBefore: popNow.Add(-time.Hour), NotAfter: popNow.Add(time.Hour)}
+	asCA(hugeTmpl)
+	hugeDER, err := x509.CreateCertificate(rand.Reader, hugeTmpl, root.cert, huge, root.key)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, row := range map[string]struct {
 		chain [][]byte
 		is    error
@@ -166,6 +227,7 @@ func TestX509PopRefusesCertificates(t *testing.T) {
 		"for servers only":     {[][]byte{root.issue(t, key, "node-1", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} })}, identity.ErrUnauthenticated, "client authentication"},
 		"not for signatures":   {[][]byte{root.issue(t, key, "node-1", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement })}, identity.ErrUnauthenticated, "digitalSignature"},
 		"RSA key of 1024 bits": {[][]byte{root.issue(t, small, "node-1", nil)}, identity.ErrInvalid, "1024 bits"},
+		"a huge RSA key above": {[][]byte{root.issue(t, key, "node-1", nil), hugeDER}, identity.ErrInvalid, "certificate 2: "},
 		"leaf not first":       {[][]byte{rootDER, root.issue(t, key, "node-1", nil)}, identity.ErrUnauthenticated, "CA's"},
 		"an unknown critical extension": {[][]byte{root.issue(t, key, "node-1", func(c *x509.Certificate) {
 			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3, 4}, Critical: true, Value: []byte{5, 0}}}
