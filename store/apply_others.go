@@ -46,7 +46,26 @@ func (a *applier) deleteKubeCluster(d *keyData) (any, error) {
 		return nil, err
 	}
 	a.changed(change{deleteKube: d.Key})
-	return nil, nil
+	return nil, a.evictAgentsOf(d.Key)
+}
+
+// evictAgentsOf ends the agents that were let in on the word of a kube cluster: it counts no more, and another one may be
+// registered under the same name. Bans stay.
+func (a *applier) evictAgentsOf(cluster string) error {
+	agents, err := all[identity.Agent](a.state, kindAgent)
+	if err != nil {
+		return err
+	}
+	for _, r := range agents {
+		if r.Kind != "kube" || r.KubeCluster != cluster || r.Banned {
+			continue
+		}
+		if err := a.table(kindAgent).Delete([]byte(r.ID)); err != nil {
+			return err
+		}
+		a.changed(change{agent: r, agentGone: true})
+	}
+	return nil
 }
 
 func (a *applier) createJoinToken(j *identity.JoinToken) (any, error) {

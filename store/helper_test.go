@@ -258,7 +258,11 @@ func randomCommands(rnd *rand.Rand, n int) []raft.Entry {
 		case 9:
 			add(useJoinToken, useJoinTokenData{hashOf(id("t")), identity.JoinAgent})
 		case 10:
-			add(putAgent, agent(id("a")))
+			a := agent(id("a"))
+			if rnd.IntN(2) == 0 {
+				a.Kind, a.KubeCluster, a.KubeNode = "kube", id("k"), id("n")
+			}
+			add(putAgent, a)
 		case 11:
 			add([]string{banAgent, evictAgent}[rnd.IntN(2)], keyData{agent(id("a")).ID})
 		case 12:

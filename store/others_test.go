@@ -183,6 +183,45 @@ func TestKubeClusters(t *testing.T) {
 	checkConsistent(t, s)
 }
 
+// A cluster's word counts no more once it is deleted, for its agents too: the next one of that name may be another's.
+func TestDeleteKubeClusterEvictsItsAgents(t *testing.T) {
+	s, w, _ := newStore(t)
+	ctx := t.Context()
+	must[identity.KubeCluster](t)(w.PutKubeCluster(ctx, cluster("c"), false))
+	put := func(kind, of, name string) string {
+		a := identity.Agent{ID: "spiffe://example.org/countersign/agent/" + kind + "/of-" + of + "/" + name, Kind: kind, KubeCluster: of, AttestedAt: now}
+		if of != "" {
+			a.KubeNode = name
+		}
+		return must[identity.Agent](t)(w.PutAgent(ctx, a)).ID
+	}
+	gone, banned := put("kube", "c", "n1"), put("kube", "c", "n2")
+	stay := []string{put("kube", "d", "n1"), put("join_token", "c", "n1"), put("x509pop", "", "n1")}
+	if err := w.BanAgent(ctx, banned); err != nil {
+		t.Fatal(err)
+	}
+	next, _ := startWatch(t, s)
+	next() // the reset
+	if err := w.DeleteKubeCluster(ctx, "c"); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := s.Agent(gone); ok {
+		t.Error("the cluster is gone and its agent is not")
+	}
+	if a, ok := s.Agent(banned); !ok || !a.Banned || !s.NodeBanned("c", "n2") {
+		t.Error("the ban went with the cluster")
+	}
+	for _, id := range stay {
+		if _, ok := s.Agent(id); !ok {
+			t.Errorf("%s was evicted", id)
+		}
+	}
+	if told := next(); len(told) != 2 || told[0].KubeCluster != "c" || !told[1].AgentGone || told[1].Agent.ID != gone {
+		t.Errorf("watchers were told %+v", told)
+	}
+	checkConsistent(t, s)
+}
+
 // The sequence counts up exactly when the content changes (SPIFFE Trust Domain and Bundle, section 4.1.2).
 func TestBundleSequence(t *testing.T) {
 	s, w, _ := newStore(t)

@@ -92,7 +92,7 @@ func (w *Writer) PutKubeCluster(ctx context.Context, k identity.KubeCluster, rep
 	return propose[identity.KubeCluster](ctx, w, putKubeCluster, time.Time{}, putKubeClusterData{KubeCluster: k, Replace: replace})
 }
 
-// DeleteKubeCluster removes a registration; ErrNotFound.
+// DeleteKubeCluster removes a registration, and evicts the agents that were attested by that cluster's tokens; ErrNotFound.
 func (w *Writer) DeleteKubeCluster(ctx context.Context, name string) error {
 	return w.do(ctx, deleteKubeCluster, time.Time{}, keyData{name})
 }
