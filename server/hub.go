@@ -36,6 +36,7 @@ type posting struct {
 type watch struct {
 	session  *session
 	handle   uint64
+	weight   int        // see weigh
 	postings []*posting // sorted by selector
 	held     []held     // sorted by ID
 	told     int        // how often in a row the agent was told and came back with something else than what matches
@@ -56,6 +57,8 @@ type expiry struct {
 const (
 	// maxWatches bounds one agent. The kubelet's own bound is in the hundreds.
 	maxWatches = 20000
+	// maxWeight bounds what the workloads of one stream cost, in bytes or so: maxWatches usual ones are below it.
+	maxWeight = 32 << 20
 	// maxWatchSelectors is more than issuance ever answers: what an agent asserts, and what is proven.
 	maxWatchSelectors = 2 * identity.MaxSelectors
 	// maxSessions is how many streams one agent may have: a new one while a dead one is not noticed yet.
@@ -120,16 +123,18 @@ func (h *hub) set(s *session, handle uint64, sel []identity.Selector, holds []he
 	if _, ok := h.sessions[s]; !ok {
 		return nil // it is ending
 	}
-	w := &watch{session: s, handle: handle, held: holds}
+	w := &watch{session: s, handle: handle, held: holds, weight: weigh(sel, holds)}
 	slices.SortFunc(w.held, func(a, b held) int { return cmp.Compare(a.id, b.id) })
 	w.held = slices.Compact(w.held)
 	if old := s.watches[handle]; old != nil {
 		w.told = old.told
 		h.drop(old)
-	} else if len(s.watches) >= maxWatches {
+	}
+	if len(s.watches) >= maxWatches || s.weight+w.weight > maxWeight {
 		return errTooManyWatches
 	}
 	s.watches[handle] = w
+	s.weight += w.weight
 	w.postings = make([]*posting, len(sel))
 	for i, x := range sel {
 		p := h.postings[x]
@@ -161,6 +166,19 @@ func (h *hub) set(s *session, handle uint64, sel []identity.Selector, holds []he
 	return nil
 }
 
+// weigh counts what a workload's texts cost, and what it costs to find them.
+func weigh(sel []identity.Selector, holds []held) int {
+	const each = 64
+	n := each
+	for _, x := range sel {
+		n += each + len(x)
+	}
+	for _, e := range holds {
+		n += each + len(e.id)
+	}
+	return n
+}
+
 func (h *hub) unset(s *session, handle uint64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -172,6 +190,7 @@ func (h *hub) unset(s *session, handle uint64) {
 
 func (h *hub) drop(w *watch) {
 	delete(w.session.watches, w.handle)
+	w.session.weight -= w.weight
 	for _, p := range w.postings {
 		delete(p.watches, w)
 		if len(p.watches) == 0 {

@@ -10,7 +10,7 @@ import (
 
 var (
 	errReplaced       = fmt.Errorf("%w: the agent has too many streams: newer ones have replaced this one", identity.ErrExhausted)
-	errTooManyWatches = fmt.Errorf("%w: an agent may serve at the most %d workloads", identity.ErrExhausted, maxWatches)
+	errTooManyWatches = fmt.Errorf("%w: an agent may serve at the most %d workloads, with %d MiB of selectors", identity.ErrExhausted, maxWatches, maxWeight>>20)
 )
 
 func goneError(a *identity.Agent) error {
@@ -25,6 +25,7 @@ func goneError(a *identity.Agent) error {
 type session struct {
 	agentID, version string
 	watches          map[uint64]*watch // guarded by hub.mu
+	weight           int               // of watches; guarded by hub.mu
 	wake             chan struct{}     // has an element while there is mail
 	done             chan struct{}     // closed by end
 

@@ -14,8 +14,12 @@ import (
 	"countersign.io/countersign/identity"
 )
 
-// maxHandles is how many handles go into one message.
-const maxHandles = 4096
+const (
+	// maxHandles is how many handles go into one message.
+	maxHandles = 4096
+	// maxEntryID is more than any entry's ID has, also of a kube cluster's default.
+	maxEntryID = 128
+)
 
 // Sync is an agent's one stream. It ends when the agent is banned or evicted, when the SVID of its connection
 // expires, and when this member cannot issue: the agent is then better off at another.
@@ -103,6 +107,9 @@ func (s *Server) watch(sess *session, w *nodev1.Watch) error {
 		}
 		holds := make([]held, len(wl.Entries))
 		for i, e := range wl.Entries {
+			if len(e.GetId()) > maxEntryID {
+				return fmt.Errorf("%w: workload %d has an entry ID of %d bytes: at the most %d", identity.ErrInvalid, wl.Handle, len(e.GetId()), maxEntryID)
+			}
 			holds[i] = held{id: e.GetId(), revision: e.GetRevision()}
 		}
 		if err := s.hub.set(sess, wl.Handle, identity.SortSelectors(sel), holds); err != nil {

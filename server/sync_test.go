@@ -2,9 +2,11 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -356,6 +358,7 @@ func TestSyncRefusesNonsense(t *testing.T) {
 		"a bad selector":     {hello, set(&nodev1.Watch_Workload{Selectors: []string{"nonsense"}})},
 		"too many selectors": {hello, set(&nodev1.Watch_Workload{Selectors: manySelectors(maxWatchSelectors + 1)})},
 		"too many entries":   {hello, set(&nodev1.Watch_Workload{Selectors: []string{"unix:uid:1"}, Entries: make([]*nodev1.Watch_EntryRef, maxIdentities+1)})},
+		"a long entry ID":    {hello, set(&nodev1.Watch_Workload{Selectors: []string{"unix:uid:1"}, Entries: []*nodev1.Watch_EntryRef{{Id: strings.Repeat("x", maxEntryID+1)}}})},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stream, err := nodev1.NewNodeClient(conn).Sync(testContext(t))
@@ -372,6 +375,51 @@ func TestSyncRefusesNonsense(t *testing.T) {
 			}
 			wantCode(t, err, codes.InvalidArgument)
 		})
+	}
+}
+
+// What one agent makes a member remember is bounded, and what it gives up is its again.
+func TestHubBoundsAnAgent(t *testing.T) {
+	h := newHub(func([]identity.Selector) []*identity.Entry { return nil }, time.Now)
+	s, err := h.open("a", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	long := func(i int) []identity.Selector {
+		return []identity.Selector{identity.Selector(fmt.Sprintf("unix:path:/%06d/%s", i, strings.Repeat("x", 1<<20)))}
+	}
+	n := 0
+	for ; ; n++ {
+		if err = h.set(s, uint64(n), long(n), nil); err != nil {
+			break
+		}
+	}
+	if !errors.Is(err, identity.ErrExhausted) || n == 0 || n > maxWeight>>20 {
+		t.Fatalf("after %d MiB: %v", n, err)
+	}
+	if err := h.set(s, 0, long(0), nil); err != nil { // instead of what it was
+		t.Error(err)
+	}
+	h.unset(s, 1)
+	if err := h.set(s, uint64(n), long(n), nil); err != nil {
+		t.Errorf("after one was given up: %v", err)
+	}
+	h.remove(s)
+	if s.weight != 0 || len(h.postings) != 0 {
+		t.Errorf("%d bytes, %d postings are left of a stream that ended", s.weight, len(h.postings))
+	}
+	// As many as may be, as they usually are.
+	if s, err = h.open("a", ""); err != nil {
+		t.Fatal(err)
+	}
+	for i := range maxWatches {
+		sel := []identity.Selector{"agent:id:spiffe://example.org/countersign/agent/kube/east/node-with-a-name-17", "agent:kind:kube", "agent:kube-cluster:east",
+			"agent:kube-node:node-with-a-name-17", "k8s:cluster:east", "k8s:node-name:node-with-a-name-17", "k8s:ns:a-namespace-of-some-team",
+			identity.Selector(fmt.Sprintf("k8s:pod-name:a-deployment-7c9f8d6b5-%05d", i)), identity.Selector(fmt.Sprintf("k8s:pod-uid:0a1b2c3d-0000-4000-8000-%012d", i)),
+			"k8s:sa:the-service-account", "unix:gid:1000", "unix:path:/usr/local/bin/the-server", "unix:uid:1000"}
+		if err := h.set(s, uint64(i), sel, []held{{id: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}}); err != nil {
+			t.Fatalf("workload %d: %v", i, err)
+		}
 	}
 }
 
