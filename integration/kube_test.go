@@ -13,6 +13,7 @@ import (
 	"time"
 
 	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/identity"
 	"countersign.io/countersign/integration/cluster"
 )
 
@@ -21,7 +22,7 @@ const shortTTL = "x509_ttl: 5s\nmax_staleness: 1m\n"
 // register tells the members of the kube cluster "kube", in place of what they knew of it.
 func register(w *world, how ...string) {
 	w.t.Helper()
-	w.admin(append([]string{"kube", "add", "kube", "--replace", "--issuer", kubeIssuer}, how...)...)
+	w.admin(append([]string{"kube", "add", "kube", "--replace", "--issuer", kubeIssuer, "--default-id", identity.DefaultKubeID}, how...)...)
 }
 
 // asker asks one member for X.509-SVIDs as the agent of node-1 does.

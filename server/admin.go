@@ -110,12 +110,32 @@ func (s adminService) AddKubeCluster(ctx context.Context, req *adminv1.KubeClust
 	if err := s.checkUsable(*k); err != nil {
 		return nil, err
 	}
+	if req.DefaultId == "" {
+		if err := s.checkOwnDefault(k); err != nil {
+			return nil, err
+		}
+	}
 	kept, err := s.cfg.Writes.PutKubeCluster(ctx, *k, req.Replace)
 	if err != nil {
 		return nil, fmt.Errorf("registering kube cluster %q: %w", k.Name, err)
 	}
 	s.cfg.Log.Info("kube cluster registered", "kube_cluster", k.Name, "issuer", k.Issuer, "replaced", req.Replace)
 	return api.KubeClusterToWire(&kept), nil
+}
+
+// checkOwnDefault keeps a cluster from being given the same identities as another by nobody's decision: who rules the one
+// would have those of the other. An operator who wants that says so, with a default ID.
+func (s *Server) checkOwnDefault(k *identity.KubeCluster) error {
+	if k.DefaultID == "" {
+		return nil
+	}
+	for _, o := range s.cfg.State.KubeClusters() {
+		if o.Name != k.Name && o.DefaultID == k.DefaultID {
+			return fmt.Errorf("%w: kube cluster %q has the usual default ID (%s) already: the pods of %q would get the same identities. Give it IDs of its own, such as --default-id '/%s%s', or none (--no-default-id); if the two are to be one, say --default-id '%s'",
+				identity.ErrPrecondition, o.Name, o.DefaultID, k.Name, k.Name, k.DefaultID, k.DefaultID)
+		}
+	}
+	return nil
 }
 
 // checkUsable tries the registration on a verifier of its own, next to the others, so that a JWKS that nobody can read or

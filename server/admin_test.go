@@ -126,6 +126,27 @@ func TestKubeClustersByAdmin(t *testing.T) {
 	wantCode(t, err, codes.InvalidArgument)
 	_, err = c.AddKubeCluster(ctx, &adminv1.KubeCluster{Name: "x", Issuer: issuer, Audience: "a", Kubeconfig: "/nowhere", TokenReview: true})
 	wantCode(t, err, codes.InvalidArgument, "same issuer")
+	// Two clusters have the same identities only if somebody says so.
+	k.NoDefaultId = false
+	if _, err := c.AddKubeCluster(ctx, k); err != nil { // again, and not its own rival
+		t.Fatal(err)
+	}
+	edge := func(edit func(*adminv1.KubeCluster)) error {
+		e := &adminv1.KubeCluster{Name: "edge", Issuer: "https://edge.test", Audience: "a", Jwks: k.Jwks, Replace: true}
+		edit(e)
+		_, err := c.AddKubeCluster(ctx, e)
+		return err
+	}
+	wantCode(t, edge(func(*adminv1.KubeCluster) {}), codes.FailedPrecondition, `"c1"`, "/edge/ns/{k8s:ns}/sa/{k8s:sa}")
+	for what, edit := range map[string]func(*adminv1.KubeCluster){
+		"its own":            func(e *adminv1.KubeCluster) { e.DefaultId = "/edge" + identity.DefaultKubeID },
+		"none":               func(e *adminv1.KubeCluster) { e.NoDefaultId = true },
+		"the same, and said": func(e *adminv1.KubeCluster) { e.DefaultId = identity.DefaultKubeID },
+	} {
+		if err := edge(edit); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
 	_, err = c.DeleteKubeCluster(ctx, &adminv1.NameRequest{Name: "nope"})
 	wantCode(t, err, codes.NotFound)
 }

@@ -109,7 +109,7 @@ ends within a second.`,
 	f.StringVar(&k.Kubeconfig, "kubeconfig", "", "a kubeconfig's path on each member, or in-cluster")
 	f.BoolVar(&k.TokenReview, "token-review", false, "ask the API server about every token")
 	f.StringSliceVar(&k.AgentAccounts, "agent-account", nil, "NAMESPACE/SERVICEACCOUNT whose pods may be node agents (repeatable)")
-	f.StringVar(&k.DefaultId, "default-id", "", "path template for pods without an entry (default "+identity.DefaultKubeID+")")
+	f.StringVar(&k.DefaultId, "default-id", "", "path template for pods without an entry (default "+identity.DefaultKubeID+", if no other cluster has that)")
 	f.BoolVar(&k.NoDefaultId, "no-default-id", false, "a pod without an entry has no identity")
 	f.BoolVar(&k.Replace, "replace", false, "replace a cluster of the same name")
 	list := &cobra.Command{
