@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -16,7 +17,6 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/cryptosigner"
-	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"countersign.io/countersign/identity"
@@ -54,6 +54,20 @@ func newJWTSigner(a *identity.Authority, open func(identity.Authority) (crypto.S
 		return nil, fmt.Errorf("loading its key: %w", err)
 	}
 	return &jwtSigner{kid: a.ID, publicKey: a.PublicKey, signer: signer, notBefore: a.NotBefore, notAfter: a.NotAfter}, nil
+}
+
+// sign gives the compact serialization (RFC 7515 section 7.1). The library's builder for JWTs would take the claims apart
+// and put them together again first.
+func (s *jwtSigner) sign(c *claims) (string, error) {
+	payload, err := json.Marshal(c)
+	if err != nil {
+		return "", fmt.Errorf("encoding the claims: %w", err)
+	}
+	signed, err := s.signer.Sign(payload)
+	if err != nil {
+		return "", err
+	}
+	return signed.CompactSerialize()
 }
 
 // is reports whether the signer is the record's.
@@ -161,7 +175,7 @@ func (p *PreparedJWT) Issue() (identity.JWTSVID, error) {
 	if !p.ca.state.Load().vouched[p.signer.kid] {
 		return identity.JWTSVID{}, fmt.Errorf("issuing JWT-SVID for %s: %w: authority %s is no longer trusted: try again", p.svid.ID, identity.ErrUnavailable, p.signer.kid)
 	}
-	token, err := jwt.Signed(p.signer.signer).Claims(p.claims).Serialize()
+	token, err := p.signer.sign(&p.claims)
 	if err != nil {
 		return identity.JWTSVID{}, fmt.Errorf("issuing JWT-SVID for %s: signing: %w", p.svid.ID, err)
 	}
