@@ -160,6 +160,7 @@ type fakeAPI struct {
 	token string // bearer that it wants
 
 	jwksFetches, reviews, lists, gets atomic.Int64
+	silent, endless                   atomic.Bool   // watches tell nothing; lists go on for ever
 	watching                          chan struct{} // one per watch that has begun
 
 	mu       sync.Mutex
@@ -353,6 +354,9 @@ func (f *fakeAPI) servePods(w http.ResponseWriter, r *http.Request) {
 			if !ok {
 				return
 			}
+			if f.silent.Load() {
+				continue
+			}
 			json.NewEncoder(w).Encode(e)
 			w.(http.Flusher).Flush()
 		}
@@ -389,6 +393,9 @@ func (f *fakeAPI) serveList(w http.ResponseWriter, r *http.Request) {
 	}
 	if len(uids) > len(l.Items) {
 		l.Continue = string(l.Items[len(l.Items)-1].UID)
+	}
+	if f.endless.Load() {
+		l.Continue = "0"
 	}
 	w.Header().Set("Content-Type", "application/json")
 	json.NewEncoder(w).Encode(l)

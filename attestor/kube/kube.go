@@ -44,6 +44,8 @@ type Config struct {
 	RequestTimeout time.Duration
 	// ListTimeout is for one page of the list of pods; default 15 s.
 	ListTimeout time.Duration
+	// WatchTime is how long a watch lasts at the least, and half of how long at the most; default 5 min.
+	WatchTime time.Duration
 	// RetryInterval is the wait before a watch is tried again, doubling up to 32 times itself, and the least time between two
 	// readings of a faulty kubeconfig; default 1 s.
 	RetryInterval time.Duration
@@ -78,7 +80,7 @@ func New(cfg Config) (*Verifier, error) {
 	if cfg.Log == nil || cfg.Now == nil {
 		return nil, errors.New("making kube verifier: Log and Now must be set")
 	}
-	if cfg.MaxTombstones < 0 || cfg.FetchInterval < 0 || cfg.RefreshInterval < 0 || cfg.RequestTimeout < 0 || cfg.ListTimeout < 0 || cfg.RetryInterval < 0 {
+	if cfg.MaxTombstones < 0 || cfg.FetchInterval < 0 || cfg.RefreshInterval < 0 || cfg.RequestTimeout < 0 || cfg.ListTimeout < 0 || cfg.WatchTime < 0 || cfg.RetryInterval < 0 {
 		return nil, errors.New("making kube verifier: a negative limit")
 	}
 	orDefault(&cfg.MaxTombstones, 16384)
@@ -86,6 +88,7 @@ func New(cfg Config) (*Verifier, error) {
 	orDefault(&cfg.RefreshInterval, 5*time.Minute)
 	orDefault(&cfg.RequestTimeout, 3*time.Second)
 	orDefault(&cfg.ListTimeout, 15*time.Second)
+	orDefault(&cfg.WatchTime, 5*time.Minute)
 	orDefault(&cfg.RetryInterval, time.Second)
 	v := &Verifier{cfg: cfg, changed: make(chan struct{}, 1)}
 	v.clusters.Store(&clusterSet{})

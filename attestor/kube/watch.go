@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	listPage     = 500
-	watchSeconds = 300 // to which up to as many are added, so that members do not all come back at once
+	listPage = 500
+	maxPods  = 500_000 // of one cluster: three times what Kubernetes is tested with, and 50 MiB
 )
 
 // podSet is what is known of a cluster's pods.
@@ -75,7 +75,9 @@ func (p *podSet) replace(live map[string]struct{}) []string {
 func (p *podSet) add(uid string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.live[uid] = struct{}{}
+	if len(p.live) < maxPods { // the API server is asked about one that is left out
+		p.live[uid] = struct{}{}
+	}
 	p.gone.Remove(uid)
 }
 
@@ -210,14 +212,18 @@ func (a *apiServer) list(ctx context.Context, client *apiClient, gone func(podUI
 		if err != nil {
 			return "", err
 		}
+		before := len(live)
 		for i := range page.Items {
-			if uid := string(page.Items[i].UID); uid != "" {
-				live[uid] = struct{}{}
+			if id := string(page.Items[i].UID); uid.MatchString(id) {
+				live[id] = struct{}{}
 			}
 		}
 		revision, opts.Continue = page.ResourceVersion, page.Continue
 		if opts.Continue == "" {
 			break
+		}
+		if len(live) == before || len(live) > maxPods {
+			return "", fmt.Errorf("the list does not end: there is more after %d pods, at the most %d", len(live), maxPods)
 		}
 	}
 	for _, uid := range a.pods.replace(live) {
@@ -228,8 +234,13 @@ func (a *apiServer) list(ctx context.Context, client *apiClient, gone func(podUI
 
 // follow watches from the revision until the API server closes the watch, and returns the last revision seen.
 func (a *apiServer) follow(ctx context.Context, client *apiClient, revision string, gone func(podUID string)) (string, error) {
-	timeout := int64(watchSeconds + rand.IntN(watchSeconds))
-	w, err := client.pods.Watch(ctx, metav1.ListOptions{ResourceVersion: revision, AllowWatchBookmarks: true, TimeoutSeconds: &timeout})
+	// At random, so that members do not all come back at once. An API server that neither speaks nor ends the watch when it was
+	// asked to would keep us believing that no pod ends.
+	last := a.cfg.WatchTime + rand.N(a.cfg.WatchTime)
+	ctx, cancel := context.WithTimeout(ctx, last+a.cfg.WatchTime/10)
+	defer cancel()
+	seconds := int64(last/time.Second) + 1
+	w, err := client.pods.Watch(ctx, metav1.ListOptions{ResourceVersion: revision, AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
 	if err != nil {
 		return revision, err
 	}
@@ -245,7 +256,7 @@ func (a *apiServer) follow(ctx context.Context, client *apiClient, revision stri
 		}
 		revision = pod.ResourceVersion
 		switch {
-		case ev.Type == watch.Bookmark || pod.UID == "":
+		case ev.Type == watch.Bookmark || !uid.MatchString(string(pod.UID)):
 		case ev.Type == watch.Deleted:
 			a.pods.remove(string(pod.UID))
 			gone(string(pod.UID))

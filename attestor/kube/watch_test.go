@@ -147,6 +147,41 @@ func TestWatchRestartNoticesVanishedPods(t *testing.T) {
 	}
 }
 
+// An API server that falls silent without hanging up, and does not end the watch when it said that it would.
+func TestWatchOfSilentAPIServer(t *testing.T) {
+	i := newIssuer(t, "key-1", time.Now)
+	api := newFakeAPI(t)
+	api.addPod("web-1", podUID(1))
+	r := newRig(t, time.Now, func(c *Config) { c.WatchTime = 20 * time.Millisecond })
+	r.set(t, api.watched(t, jwksOf(t, i)))
+	gone := r.run(t)
+	await(t, api.watching, "the watch")
+	api.silent.Store(true)
+	api.deletePod(podUID(1)) // nobody is told
+	if got := await(t, gone, "the next list"); got != "east/"+podUID(1) {
+		t.Errorf("gone: %s", got)
+	}
+}
+
+// A list that never ends must not fill the memory that all clusters share.
+func TestListWithoutEnd(t *testing.T) {
+	i := newIssuer(t, "key-1", time.Now)
+	api := newFakeAPI(t)
+	api.addPod("web-1", podUID(1))
+	api.endless.Store(true)
+	r := newRig(t, time.Now)
+	r.set(t, api.watched(t, jwksOf(t, i)))
+	r.run(t)
+	for limit := time.Now().Add(deadline); ; time.Sleep(time.Millisecond) {
+		if s := r.Status()[0]; s.APIFault != nil && strings.Contains(s.APIFault.Error(), "does not end") {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatalf("after %d pages: %+v", api.lists.Load(), r.Status())
+		}
+	}
+}
+
 // A pod that went before the watch began has no tombstone: the API server is asked.
 func TestWatchAsksAboutUnknownPods(t *testing.T) {
 	i := newIssuer(t, "key-1", time.Now)
