@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,7 +42,7 @@ const (
 	probeTimeout      = 500 * time.Millisecond
 	probeEvery        = time.Second
 	callTries         = 3                      // members that one call is tried at
-	issueWorkers      = 4                      // IssueX509 calls in flight
+	issueWorkers      = 4                      // IssueX509 calls in flight for pods, and for processes
 	renewWorkers      = 32                     // workloads being attested anew at once
 	attestTimeout     = 5 * time.Second        // to attest one workload anew
 	freshWait         = time.Second            // how long a caller waits for a newer SVID than a live one past half-life
@@ -83,13 +84,14 @@ type Agent struct {
 	members atomic.Pointer[[]string] // as pushed; nil until then
 	trustMu sync.Mutex               // serialises replacing trust
 
-	link   link
-	cache  cache
-	issuer issueQueue
-	jwts   *lru.Cache[jwtKey, jwtAnswer]
-	jwtGo  singleflight.Group
-	keygen chan struct{} // bounds the keys being made at once
-	loaded chan struct{} // closed once the state dir has been read: callers wait for it
+	link  link
+	cache cache
+	// What waits for an SVID: pods, whose tokens a member may have to ask a slow API server about, and apart from them processes.
+	pods, processes issueQueue
+	jwts            *lru.Cache[jwtKey, jwtAnswer]
+	jwtGo           singleflight.Group
+	keygen          chan struct{} // bounds the keys being made at once
+	loaded          chan struct{} // closed once the state dir has been read: callers wait for it
 }
 
 // New checks the configuration and starts nothing. Every fault is in the error.
@@ -136,7 +138,8 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.link.init()
 	a.cache.init(a.state != nil)
-	a.issuer.init()
+	a.pods.init()
+	a.processes.init()
 	return a, nil
 }
 
@@ -179,7 +182,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.runLink(ctx) })
 	g.Go(func() error { return a.runTimers(ctx) })
 	for range issueWorkers {
-		g.Go(func() error { return a.runIssuer(ctx) })
+		g.Go(func() error { return a.runIssuer(ctx, &a.pods) })
+		g.Go(func() error { return a.runIssuer(ctx, &a.processes) })
 	}
 	if a.state != nil {
 		g.Go(func() error { return a.runPersister(ctx) })
@@ -187,7 +191,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	err := g.Wait()
 	stopped := fmt.Errorf("%w: the agent is stopping", identity.ErrUnavailable)
 	a.link.down(stopped)
-	for _, r := range a.issuer.stop() {
+	for _, r := range slices.Concat(a.pods.stop(), a.processes.stop()) {
 		a.finish(r, nil, stopped)
 	}
 	if a.state != nil {

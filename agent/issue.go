@@ -79,7 +79,11 @@ func (a *Agent) launch(w *workload, f *flight, ev identity.Evidence) {
 	key, err := a.cfg.KeyType.makePair()
 	<-a.keygen
 	r := &issueRequest{w: w, f: f, cacheKey: cacheKey(w.who, ev.Token), evidence: cloneEvidence(ev), key: key}
-	if err == nil && !a.issuer.put(r) {
+	q := &a.processes
+	if len(ev.Token) > 0 {
+		q = &a.pods
+	}
+	if err == nil && !q.put(r) {
 		err = fmt.Errorf("%w: the agent is stopping", identity.ErrUnavailable)
 	}
 	if err != nil {
@@ -96,14 +100,14 @@ func (a *Agent) finish(r *issueRequest, res *issued, err error) {
 	a.cache.settle(r.w, r.f, r.cacheKey, res, time.Now())
 }
 
-func (a *Agent) runIssuer(ctx context.Context) error {
+func (a *Agent) runIssuer(ctx context.Context, q *issueQueue) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-a.issuer.wake:
+		case <-q.wake:
 		}
-		for batch := a.issuer.take(); len(batch) > 0; batch = a.issuer.take() {
+		for batch := q.take(); len(batch) > 0; batch = q.take() {
 			a.issueBatch(ctx, batch)
 		}
 	}

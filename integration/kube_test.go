@@ -364,3 +364,39 @@ func TestKubeDown(t *testing.T) {
 	register(w, "--jwks-file", jwks, "--token-review", "--kubeconfig", seeing)
 	unavailable("gone, keys and TokenReview")
 }
+
+// TestKubeDownAlone has an API server hang that many pods of a node depend on: what does not depend on it is served as ever.
+func TestKubeDownAlone(t *testing.T) {
+	k := newKubeAPI(t)
+	w := newWorld(t, 1, shortTTL)
+	register(w, "--token-review", "--kubeconfig", k.kubeconfig("seeing", mayReview(), mayWatch()))
+	a, err := w.StartAgent(w.ctx, "kube/node-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newKubelet(t, w.ctx, w.Cluster, a.Socket)
+	w.createEntry(append(uidSelectors(), "--id", clientID)...)
+	var pods []*lines
+	for i := range 24 {
+		p := k.pod("shop", fmt.Sprintf("web-%d", i), "web", "node-1")
+		pods = append(pods, n.sandbox(p.uid, "cgroupfs", k.token(p, "countersign")).watch())
+	}
+	for _, p := range pods {
+		p.wait(t, w.ctx, "the first SVID", func(l []string) bool { return contains(l, "serial") })
+	}
+	s := w.watch(a)
+	w.until(s, "the process's identity", func(ids []string) bool { return len(ids) == 1 })
+	k.proc.Signal(syscall.SIGSTOP)
+	defer k.proc.Signal(syscall.SIGCONT)
+	hung := time.Now()
+	for i := range 6 {
+		select {
+		case <-s.updates:
+			t.Logf("rotation %d of the process after %v", i+1, time.Since(hung).Round(time.Millisecond))
+		case err := <-s.errs:
+			t.Fatalf("the process lost its stream after %v: %v", time.Since(hung), err)
+		case <-w.ctx.Done():
+			t.Fatal(w.ctx.Err())
+		}
+	}
+}

@@ -38,6 +38,8 @@ const (
 	maxIdentities = 64
 	// batchWidth is how many requests of a batch are worked on at a time: a token may wait for an API server.
 	batchWidth = 8
+	// answerShare is how much of a caller's time its batch may take, in percent.
+	answerShare = 75
 )
 
 // workloadService serves issuance.
@@ -75,6 +77,12 @@ func (s workloadService) IssueX509(ctx context.Context, req *workloadv1.IssueX50
 }
 
 func (s *Server) issueBatch(ctx context.Context, who call, reqs []*workloadv1.X509Request) (results []*workloadv1.X509Result, chain [][]byte, mixed bool) {
+	if end, ok := ctx.Deadline(); ok {
+		// Tokens that an API server says nothing about must not cost the whole batch its answer.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)*answerShare/100)
+		defer cancel()
+	}
 	results = make([]*workloadv1.X509Result, len(reqs))
 	chains := make([][][]byte, len(reqs))
 	var g errgroup.Group
