@@ -185,12 +185,12 @@ func (b *bench) flat(ctx context.Context, s *stage) error {
 func (s *stage) atSize(ctx context.Context, member int, conns []workloadv1.WorkloadClient, load *issueLoad, w *watcher) (cost, push float64, err error) {
 	var costs []float64
 	for i := range s.n(6, 3) {
-		_, c, _, err := perOp(ctx, s.c.Members[member].PID(), time.Second, conns, batch, func(ctx context.Context, c workloadv1.WorkloadClient) error { return load.x509(ctx, c, batch) })
+		x, err := perOp(ctx, s.c.Members[member].PID(), time.Second, conns, batch, func(ctx context.Context, c workloadv1.WorkloadClient) error { return load.x509(ctx, c, batch) })
 		if err != nil {
 			return 0, 0, err
 		}
 		if i > 0 {
-			costs = append(costs, c)
+			costs = append(costs, x.cost)
 		}
 	}
 	created, _, err := s.pushes(ctx, w, s.n(120, 30))

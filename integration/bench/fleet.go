@@ -12,6 +12,7 @@ import (
 	"countersign.io/countersign/agent"
 	"countersign.io/countersign/attestor/node"
 	"countersign.io/countersign/identity"
+	"countersign.io/countersign/integration/bench/caller"
 )
 
 const (
@@ -163,7 +164,7 @@ func (f *fleet) run(ctx context.Context, i int, live func()) error {
 
 // workload holds a stream at the agent, and opens it anew when it ends.
 func (f *fleet) workload(ctx context.Context, a *agent.Agent, name, token string, live func()) {
-	attest := evidenceOf(name, func() ([]byte, error) { return []byte(token), nil })
+	attest := caller.Pod(name, func() ([]byte, error) { return []byte(token), nil })
 	had := false
 	var expires time.Time
 	for ctx.Err() == nil {

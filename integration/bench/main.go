@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"regexp"
@@ -54,14 +55,9 @@ type group struct {
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	// A process that plays a part for a measurement is this program too, so that nothing else has to be built.
-	if len(args) > 0 {
-		switch args[0] {
-		case "play-pod":
-			return exit(stderr, playPod(ctx, stdout))
-		case "play-node":
-			return exit(stderr, playNode(ctx, args[1:], stdout))
-		}
+	// A pod that is measured is this program too.
+	if len(args) == 1 && args[0] == "play-pod" {
+		return exit(stderr, playPod(ctx, stdout))
 	}
 	b := &bench{stdout: stdout, stderr: stderr, started: time.Now(), rows: table(), results: map[string]*result{}}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
@@ -114,7 +110,7 @@ func (b *bench) measure(ctx context.Context) (failed bool, err error) {
 	defer os.RemoveAll(b.dir)
 	b.bin = filepath.Join(b.dir, "bin")
 	b.say("building")
-	if err := cluster.Build(ctx, b.root, b.bin, false); err != nil {
+	if err := b.build(ctx); err != nil {
 		return false, err
 	}
 	for _, s := range []struct {
@@ -143,6 +139,22 @@ func (b *bench) measure(ctx context.Context) (failed bool, err error) {
 		}
 	}
 	return failed, nil
+}
+
+// build makes the binaries as make build does, and the program that stands in for a large node.
+func (b *bench) build(ctx context.Context) error {
+	if err := os.Setenv("CGO_ENABLED", "0"); err != nil {
+		return fmt.Errorf("building: %w", err)
+	}
+	if err := cluster.Build(ctx, b.root, b.bin, false); err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", b.bin+"/", "./integration/bench/node")
+	cmd.Dir = b.root
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("building: %w\n%s", err, out)
+	}
+	return nil
 }
 
 // stage starts a cluster for the groups that are asked for, if any, and runs them.

@@ -2,12 +2,18 @@ package main
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // userHz is how many units of CPU time Linux reports per second, on every architecture (sysconf(_SC_CLK_TCK)).
@@ -104,3 +110,53 @@ func spreadOf(samples []float64) spread {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 func us(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
+
+// meter tells what a P-256 signature costs while something else is measured: two hardware threads of one core, or a host that
+// is shared, make every figure of CPU time larger when others are busy, and this one alike.
+type meter struct {
+	stop    chan struct{}
+	samples chan []float64
+}
+
+func startMeter() *meter {
+	m := &meter{stop: make(chan struct{}), samples: make(chan []float64, 1)}
+	go func() {
+		runtime.LockOSThread() // its CPU time is this goroutine's alone
+		defer runtime.UnlockOSThread()
+		var samples []float64
+		defer func() { m.samples <- samples }()
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return
+		}
+		var sum [32]byte
+		tick := time.NewTicker(25 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-m.stop:
+				return
+			case <-tick.C:
+			}
+			const rounds = 8
+			var before, after unix.Timespec
+			if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &before) != nil {
+				return
+			}
+			for range rounds {
+				_, _ = ecdsa.SignASN1(rand.Reader, key, sum[:])
+			}
+			if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &after) != nil {
+				return
+			}
+			samples = append(samples, us(time.Duration(after.Nano()-before.Nano()))/rounds)
+		}
+	}()
+	return m
+}
+
+// signature ends the measurement: microseconds of CPU per signature, the median; 0 if it could not be told.
+func (m *meter) signature() float64 {
+	close(m.stop)
+	return spreadOf(<-m.samples).p50
+}

@@ -212,7 +212,7 @@ func (b *bench) cached(ctx context.Context, s *stage) error {
 		var costs, latencies []float64
 		for i := range b.n(6, 3) {
 			var took []float64
-			n, cost, _, err := perOp(ctx, s.agent.PID(), 1200*time.Millisecond, []int{0}, 1, func(ctx context.Context, _ int) error {
+			w, err := perOp(ctx, s.agent.PID(), 1200*time.Millisecond, []int{0}, 1, func(ctx context.Context, _ int) error {
 				begin := time.Now()
 				err := row.f(ctx)
 				took = append(took, ms(time.Since(begin)))
@@ -225,8 +225,8 @@ func (b *bench) cached(ctx context.Context, s *stage) error {
 				continue
 			}
 			p := spreadOf(took)
-			b.sample(row.name, n, p.p50, "p50-ms", p.p99, "p99-ms", cost, "cpu-us/op")
-			costs, latencies = append(costs, cost), append(latencies, p.p50)
+			b.sample(row.name, w.n, p.p50, "p50-ms", p.p99, "p99-ms", w.cost, "cpu-us/op", w.ratio(), "signatures/op")
+			costs, latencies = append(costs, w.cost), append(latencies, p.p50)
 		}
 		c, l, r := spreadOf(costs), spreadOf(latencies), b.result(row.key)
 		r.add(check{got: l.p50, bar: row.p50}, "p50 %.2f ms", l.p50)
