@@ -345,7 +345,7 @@ func TestGuestMessagesAreSmall(t *testing.T) {
 }
 
 func TestListenAdmin(t *testing.T) {
-	dir := t.TempDir()
+	dir := privateDir(t)
 	path := filepath.Join(dir, "a.sock")
 	l, err := ListenAdmin(path)
 	if err != nil {
@@ -377,5 +377,17 @@ func TestListenAdmin(t *testing.T) {
 	}
 	if b, _ := os.ReadFile(file); string(b) != "precious" {
 		t.Fatal("the file is gone")
+	}
+	for mode, ok := range map[os.FileMode]bool{0o770: false, 0o707: false, 0o777 | os.ModeSticky: true, 0o755: true} {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		l, err := ListenAdmin(path)
+		if ok != (err == nil) || !ok && (!errors.Is(err, identity.ErrInvalid) || !strings.Contains(err.Error(), "chmod go-w")) {
+			t.Errorf("in a folder of mode %v: %v", mode, err)
+		}
+		if err == nil {
+			l.Close()
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,9 @@ func ListenAdmin(path string) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("opening the admin socket: %w: %q has %d bytes, more than the %d that a socket's path may have: choose a shorter one", identity.ErrInvalid, path, len(path), maxSocketPath)
 	}
+	if err := checkFolder(filepath.Dir(path)); err != nil {
+		return nil, fmt.Errorf("opening the admin socket: %w", err)
+	}
 	if err := removeStale(path); err != nil {
 		return nil, fmt.Errorf("opening the admin socket: %w", err)
 	}
@@ -33,6 +37,19 @@ func ListenAdmin(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("opening the admin socket: %w", err)
 	}
 	return l, nil
+}
+
+// checkFolder refuses a folder that others may write to. They could put a socket of their own into the place of ours, and tell
+// operators a CA pin of theirs.
+func checkFolder(dir string) error {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if st.Mode().Perm()&0o022 != 0 && st.Mode()&fs.ModeSticky == 0 {
+		return fmt.Errorf("%w: folder %s can be written to by others, who could put a socket of their own there: chmod go-w %s", identity.ErrInvalid, dir, dir)
+	}
+	return nil
 }
 
 func removeStale(path string) error {

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -134,7 +135,7 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 	lc.Log = log
 	w.port, err = NewListener(lc)
 	must(err)
-	w.socket = filepath.Join(t.TempDir(), "admin.sock")
+	w.socket = filepath.Join(privateDir(t), "admin.sock")
 	admin, err := ListenAdmin(w.socket)
 	must(err)
 	cfg := Config{
@@ -168,6 +169,16 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 	w.srv, err = New(cfg)
 	must(err)
 	return w
+}
+
+// privateDir is a t.TempDir whatever the umask.
+func privateDir(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // start runs the world until the test ends, and waits until it issues.
