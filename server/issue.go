@@ -16,6 +16,7 @@ import (
 
 	"countersign.io/countersign/api"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/attestor/kube"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
@@ -255,7 +256,7 @@ func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) (
 		if len(token) > identity.MaxTokenBytes {
 			return nil, fmt.Errorf("%w: a token of %d bytes: at the most %d", identity.ErrInvalid, len(token), identity.MaxTokenBytes)
 		}
-		claims, err := s.cfg.Pods.Verify(ctx, []byte(token))
+		claims, err := s.verify(ctx, who.kind, []byte(token))
 		if err != nil {
 			return nil, fmt.Errorf("verifying the pod's token: %w", err)
 		}
@@ -273,6 +274,30 @@ func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) (
 		seen = append(seen, who.agent.Selectors...)
 	}
 	return identity.SortSelectors(seen), nil
+}
+
+const (
+	// maxTurns is how many tokens of strangers are verified at once, and turnWait how long one waits for its turn.
+	maxTurns = 64
+	turnWait = time.Second
+)
+
+// verify asks what a token proves. Who has proved nothing waits for his turn: a token, even one that he made up, may cost a
+// question to an API server, and how many it may be asked is shared with the agents.
+func (s *Server) verify(ctx context.Context, who kind, token []byte) (*kube.Claims, error) {
+	if who != agent {
+		limit := time.NewTimer(turnWait)
+		defer limit.Stop()
+		select {
+		case s.turns <- struct{}{}:
+			defer func() { <-s.turns }()
+		case <-limit.C:
+			return nil, fmt.Errorf("%w: too many tokens of callers without a certificate are being verified: try again, or another member", identity.ErrUnavailable)
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return s.cfg.Pods.Verify(ctx, token)
 }
 
 // sameNode keeps a token from being used anywhere but on the node that its pod runs on: promise 1.

@@ -310,6 +310,34 @@ func TestAgentless(t *testing.T) {
 	w.wantNoSecrets(t, nil, token)
 }
 
+// Strangers who keep an API server busy, by tokens that they make up, keep nobody waiting but strangers.
+func TestStrangersTakeTurns(t *testing.T) {
+	w := newWorld(t).start(t)
+	w.registerCluster(t)
+	_, cert := w.agent(t, "a1", "node-1")
+	for range maxTurns {
+		w.srv.turns <- struct{}{}
+	}
+	ev := &workloadv1.Evidence{Token: w.podToken(t, pod{})}
+	_, pub := newKey(t)
+	ask := func() error {
+		_, err := workloadv1.NewWorkloadClient(w.dial(t, nil)).IssueX509(testContext(t), &workloadv1.IssueX509Request{Requests: []*workloadv1.X509Request{{PublicKey: pub, Evidence: ev}}})
+		return err
+	}
+	wantCode(t, ask(), codes.Unavailable, "too many tokens")
+	_, err := attest(t, w.dial(t, nil), byKube(w.podToken(t, pod{ns: "countersign", sa: "agent"}), cluster, pub))
+	wantCode(t, err, codes.Unavailable, "too many tokens")
+	if r := w.issueOne(t, w.dial(t, cert), ev); r.Error != nil {
+		t.Errorf("an agent had to wait: %v", r.Error)
+	}
+	<-w.srv.turns
+	for range 2 { // each gives its turn back
+		if err := ask(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // A ban is of no use if the node's pods' tokens, which its owner has, still work without the agent.
 func TestBanReachesAgentlessPods(t *testing.T) {
 	w := newWorld(t).start(t)

@@ -81,6 +81,7 @@ type Config struct {
 type Server struct {
 	cfg    Config
 	limits *limits
+	turns  chan struct{} // see verify
 	hub    *hub
 	health *health.Server
 	agents *grpc.Server
@@ -110,7 +111,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
-	s := &Server{cfg: cfg, limits: limits, health: health.NewServer()}
+	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), health: health.NewServer()}
 	s.hub = newHub(s.matching, cfg.Now)
 	s.agents = s.newGRPC(handshaken{}, maxAgentMessage, 256, keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})
 	// Whoever proved nothing gets little memory and little time.
