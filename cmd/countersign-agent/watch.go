@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"countersign.io/countersign/api"
 	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/identity"
 )
@@ -60,7 +61,7 @@ func (p *printer) OnX509ContextUpdate(x *workloadapi.X509Context) {
 func (p *printer) OnX509ContextWatchError(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	fmt.Fprintf(p.errOut, "%s  %v (trying again)\n", time.Now().Format("15:04:05.000"), err)
+	fmt.Fprintf(p.errOut, "%s  %v (trying again)\n", time.Now().Format("15:04:05.000"), api.FromStatus(err))
 }
 
 func validateCommand(w *workload) *cobra.Command {
