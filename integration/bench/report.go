@@ -161,8 +161,9 @@ const methods = `
 ## How each row is measured
 
 - X.509-SVID and JWT-SVID: eight callers, each with its own mTLS connection as an agent, ask one member, the leader, which also
-  does a leader's work meanwhile. Every request shows a pod's service account token (ES256) that this member has not seen in the
-  last minute or never; the member verifies it, decides, signs and answers.
+  does a leader's work meanwhile. Every request shows a pod's service account token (ES256). For X.509-SVIDs the member has not seen
+  it before, or has forgotten it: it verifies the signature. For JWT-SVIDs it has: an agent asks for a pod's X.509-SVID first,
+  by the same token, and a member remembers for some thousands of tokens that their signature was good.
 - Entry created, deleted: from before the operator's call, at each member in turn, until the message has arrived on a stream that a
   workload holds open at a node agent. The workload has another identity all the time.
 - New pod: 200 processes one after the other, each another pod: from before the connection to the agent's socket until the X.509-SVID
