@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -100,9 +101,12 @@ func checkEndpoint(s string) error {
 		if !filepath.IsAbs(u.Path) || u.Path == "/" {
 			return bad("the path is not absolute")
 		}
+		if strings.ContainsRune(u.Path, 0) {
+			return bad("no path holds a zero byte")
+		}
 	case "tcp":
 		host, port, err := net.SplitHostPort(u.Host)
-		if err != nil || port == "" {
+		if n, badPort := strconv.ParseUint(port, 10, 16); err != nil || badPort != nil || n == 0 {
 			return bad("no port")
 		}
 		if net.ParseIP(host) == nil {

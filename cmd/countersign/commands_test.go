@@ -1,0 +1,117 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"countersign.io/countersign/cmd/internal/cli"
+)
+
+// each calls f with every command of ours, below and with the root.
+func each(c *cobra.Command, f func(*cobra.Command)) {
+	f(c)
+	for _, sub := range c.Commands() {
+		each(sub, f)
+	}
+}
+
+func command(args ...string) (code int, out, errOut string) {
+	var o, e bytes.Buffer
+	code = run(context.Background(), args, &o, &e)
+	return code, o.String(), e.String()
+}
+
+// TestCommands checks what a person relies on: every command says what it is for and how it is called, and a mistyped one is
+// refused as a usage error before anything is done.
+func TestCommands(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	t.Setenv("COUNTERSIGN_ADMIN_SOCKET", sock)
+	n := 0
+	each(newRoot(), func(c *cobra.Command) {
+		n++
+		path := c.CommandPath()
+		args := strings.Fields(path)[1:]
+		with := func(more ...string) []string { return append(append([]string{}, args...), more...) }
+		if c.Short == "" || strings.HasSuffix(c.Short, ".") {
+			t.Errorf("%s: Short %q: want a phrase", path, c.Short)
+		}
+		if c.Runnable() && !strings.Contains(c.Example, "  "+path) {
+			t.Errorf("%s: its example does not show it: %q", path, c.Example)
+		}
+		code, out, errOut := command(with("--help")...)
+		if code != cli.ExitOK || !strings.Contains(out, "Usage:") || c.Example != "" && !strings.Contains(out, c.Example) || errOut != "" {
+			t.Errorf("%s --help: exit code %d: %s%s", path, code, out, errOut)
+		}
+		usage := func(why string, args ...string) {
+			if code, out, errOut := command(args...); code != cli.ExitUsage || !strings.Contains(errOut, why) || out != "" || strings.Count(errOut, "\n") != 1 {
+				t.Errorf("%v: exit code %d: %s%s", args, code, out, errOut)
+			}
+		}
+		usage("see "+path+" --help", with("--no-such-flag")...)
+		if c.HasSubCommands() {
+			usage(`unknown command "bogus": see `+path+" --help", with("bogus")...)
+		} else {
+			usage("see "+path+" --help", with("too", "many", "words")...)
+		}
+		if f := c.Flags().Lookup("output"); f != nil || c.InheritedFlags().Lookup("output") != nil {
+			usage("want table, json or yaml", with("-o", "xml")...)
+		}
+	})
+	if n < 20 {
+		t.Errorf("found only %d commands", n)
+	}
+	// Nobody connected: the first to be accepted is the one that connects now.
+	marker, err := net.Dial("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer marker.Close()
+	if _, err := marker.Write([]byte("marker")); err != nil {
+		t.Fatal(err)
+	}
+	first, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	got := make([]byte, 6)
+	if _, err := io.ReadFull(first, got); err != nil || string(got) != "marker" {
+		t.Errorf("a refused command line asked the member: %q, %v", got, err)
+	}
+}
+
+func TestSuggestion(t *testing.T) {
+	if _, _, errOut := command("entry", "creat"); !strings.Contains(errOut, "perhaps create") {
+		t.Error(errOut)
+	}
+}
+
+func TestCompletionScripts(t *testing.T) {
+	for _, shell := range []string{"bash", "zsh", "fish", "powershell"} {
+		if code, out, errOut := command("completion", shell); code != cli.ExitOK || !strings.Contains(out, "countersign") || errOut != "" {
+			t.Errorf("%s: exit code %d: %.100s%s", shell, code, out, errOut)
+		}
+	}
+	for args, want := range map[string]string{
+		"entry list -o ":   "yaml",
+		"entry create -s ": "k8s:ns:",
+		"age":              "agent",
+	} {
+		code, out, _ := command(append([]string{"__complete"}, strings.Split(args, " ")...)...)
+		if code != cli.ExitOK || !strings.Contains(out, want) {
+			t.Errorf("completing %q: exit code %d: %q is not in %s", args, code, want, out)
+		}
+	}
+}
