@@ -74,10 +74,8 @@ func (q *issueQueue) stop() []*issueRequest {
 }
 
 // launch makes a key for the workload and queues the question. It returns before the answer; the flight has that.
-func (a *Agent) launch(w *workload, f *flight, ev identity.Evidence) {
-	a.keygen <- struct{}{}
-	key, err := a.cfg.KeyType.makePair()
-	<-a.keygen
+func (a *Agent) launch(ctx context.Context, w *workload, f *flight, ev identity.Evidence) {
+	key, err := a.newKey(ctx)
 	r := &issueRequest{w: w, f: f, cacheKey: cacheKey(w.who, ev.Token), evidence: cloneEvidence(ev), key: key}
 	q := &a.processes
 	if len(ev.Token) > 0 {
@@ -88,6 +86,17 @@ func (a *Agent) launch(w *workload, f *flight, ev identity.Evidence) {
 	}
 	if err != nil {
 		a.finish(r, &issued{err: err}, nil)
+	}
+}
+
+// newKey waits its turn, for as long as somebody asks: callers who come and go must leave no work behind.
+func (a *Agent) newKey(ctx context.Context) (keyPair, error) {
+	select {
+	case a.keygen <- struct{}{}:
+		defer func() { <-a.keygen }()
+		return a.cfg.KeyType.makePair()
+	case <-ctx.Done():
+		return keyPair{}, fmt.Errorf("%w: waiting to make a key: %w", identity.ErrUnavailable, ctx.Err())
 	}
 }
 

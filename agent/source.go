@@ -111,7 +111,7 @@ func (a *Agent) fetch(ctx context.Context, wl *attestor.Workload) (*workload, er
 		enough = t.C
 	}
 	if mine {
-		a.launch(w, f, wl.Evidence)
+		a.launch(ctx, w, f, wl.Evidence)
 	}
 	for {
 		select {

@@ -159,7 +159,7 @@ func (a *Agent) renew(ctx context.Context, w *workload) {
 			continue
 		}
 		if f := a.cache.again(w); f != nil {
-			a.launch(w, f, wl.Evidence)
+			a.launch(ctx, w, f, wl.Evidence)
 		}
 		wl.Wipe()
 		return

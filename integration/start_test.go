@@ -522,3 +522,27 @@ func TestStartConfiguration(t *testing.T) {
 }
 
 func first[A, B any](a A, _ B) A { return a }
+
+// TestNoCoreFiles: neither program leaves its memory on disk when it dies.
+func TestNoCoreFiles(t *testing.T) {
+	w := newWorld(t, 1, "")
+	a := w.agent()
+	for name, pid := range map[string]int{"member": w.Members[0].PID(), "agent": a.PID()} {
+		limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := false
+		for line := range strings.Lines(string(limits)) {
+			if rest, ok := strings.CutPrefix(line, "Max core file size"); ok {
+				found = true
+				if f := strings.Fields(rest); len(f) < 2 || f[0] != "0" || f[1] != "0" {
+					t.Errorf("%s: core file size %v", name, f)
+				}
+			}
+		}
+		if !found {
+			t.Errorf("%s: no core file limit in %s", name, limits)
+		}
+	}
+}

@@ -88,7 +88,13 @@ func (f *freshness) staleness() time.Duration {
 	if f.fresh.IsZero() {
 		return Never
 	}
-	return max(time.Since(f.fresh), 0)
+	return since(f.fresh, time.Now())
+}
+
+// since is the longer of what the monotonic clock and the wall clock say: the first stands still while a machine is suspended,
+// and a member that slept through a ban must not think itself fresh.
+func since(t, now time.Time) time.Duration {
+	return max(now.Sub(t), now.Round(0).Sub(t.Round(0)), 0)
 }
 
 // Staleness is how old this member's state may be: 0 on a leader, the time since this member had everything
