@@ -100,7 +100,11 @@ func (d *dataDir) file(name string) string { return filepath.Join(d.path, name) 
 func (d *dataDir) check(raw []byte, c *config.Server) error {
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&d.member); err != nil {
+	err := dec.Decode(&d.member)
+	if _, more := dec.Token(); err == nil && !errors.Is(more, io.EOF) {
+		err = errors.New("there is more after its end")
+	}
+	if err != nil {
 		return fmt.Errorf("%w: %s is damaged: %v: restore it from a copy of this folder", identity.ErrInvalid, d.file("member.json"), err)
 	}
 	m := d.member

@@ -50,6 +50,19 @@ func podUID(path string) (string, error) {
 		return "", fmt.Errorf("%w: reading the development token: %v", identity.ErrDenied, err)
 	}
 	defer clear(token)
+	uid, err := parsePodUID(token)
+	if err != nil {
+		return "", fmt.Errorf("reading the development token %s: %w", path, err)
+	}
+	return uid, nil
+}
+
+// parsePodUID finds the pod's UID in a JWT's claims. Its errors show nothing of the token.
+func parsePodUID(token []byte) (string, error) {
+	parts := bytes.Split(bytes.TrimSpace(token), []byte("."))
+	if len(parts) != 3 {
+		return "", fmt.Errorf("%w: it is not a JWT", identity.ErrUnauthenticated)
+	}
 	var claims struct {
 		Kube struct {
 			Pod struct {
@@ -57,13 +70,9 @@ func podUID(path string) (string, error) {
 			} `json:"pod"`
 		} `json:"kubernetes.io"`
 	}
-	parts := bytes.Split(bytes.TrimSpace(token), []byte("."))
-	if len(parts) != 3 {
-		return "", fmt.Errorf("%w: the development token %s is not a JWT", identity.ErrUnauthenticated, path)
-	}
 	payload, err := base64.RawURLEncoding.DecodeString(string(parts[1]))
 	if err != nil || json.Unmarshal(payload, &claims) != nil || claims.Kube.Pod.UID == "" {
-		return "", fmt.Errorf("%w: the development token %s names no pod", identity.ErrUnauthenticated, path)
+		return "", fmt.Errorf("%w: it names no pod", identity.ErrUnauthenticated)
 	}
 	return claims.Kube.Pod.UID, nil
 }
