@@ -65,8 +65,29 @@ func checkIDTemplate(td spiffeid.TrustDomain, s string) error {
 	if err != nil {
 		return err
 	}
-	_, err = t.ExpandID(td, sample(t))
-	return err
+	if _, err := t.ExpandID(td, sample(t)); err != nil {
+		return err
+	}
+	return t.checkSegments()
+}
+
+// checkSegments refuses two names of Kubernetes that run into each other: {k8s:ns}-{k8s:sa} is a-b-c both for b-c in a and
+// for c in a-b, so whoever may choose one name could have the other workload's ID. A name of Kubernetes has letters,
+// digits, '-' and '.', so '_' keeps two apart, as '/' does.
+func (t Template) checkSegments() error {
+	open := "" // the k8s placeholder that what follows could run into
+	for _, p := range t.parts {
+		switch {
+		case strings.ContainsAny(p.literal, "/_"):
+			open = ""
+		case !strings.HasPrefix(p.name, "k8s:"):
+		case open != "":
+			return fmt.Errorf("%w: template %q: {%s} and {%s} are in one path segment with no '_' between them, so that different workloads could get the same ID: put '/' or '_' between them", ErrInvalid, t, open, p.name)
+		default:
+			open = p.name
+		}
+	}
+	return nil
 }
 
 func sample(t Template) []Selector {

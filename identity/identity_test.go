@@ -263,3 +263,30 @@ func literals(t Template) []string {
 	}
 	return out
 }
+
+// Two workloads must not get one ID because their names run into each other.
+func TestAmbiguousTemplates(t *testing.T) {
+	check := func(path string) error {
+		return CheckEntry(td(), &Entry{Selectors: []Selector{"k8s:ns:shop"}, SPIFFEID: "spiffe://example.org" + path})
+	}
+	for _, good := range []string{
+		"/{k8s:ns}/{k8s:sa}", "/{k8s:ns}_{k8s:sa}", "/{k8s:ns}-_-{k8s:sa}", "/a-{k8s:ns}-b/c-{k8s:sa}", "/{k8s:cluster}_{k8s:ns}_{k8s:sa}",
+		"/{k8s:ns}-{unix:user}",
+	} {
+		if err := check(good); err != nil {
+			t.Errorf("%s: %v", good, err)
+		}
+	}
+	for _, bad := range []string{
+		"/{k8s:ns}-{k8s:sa}", "/{k8s:ns}{k8s:sa}", "/{k8s:ns}.{k8s:sa}", "/x/{k8s:ns}-sa-{k8s:sa}/y", "/{k8s:cluster}_{k8s:ns}-{k8s:sa}",
+		"/{k8s:ns}-{unix:user}-{k8s:sa}", "/{k8s:ns}-{k8s:ns}",
+	} {
+		if err := check(bad); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "in one path segment") {
+			t.Errorf("%s: got %v", bad, err)
+		}
+		k := &KubeCluster{Name: "c", Issuer: "https://x", Audience: "a", JWKS: []byte("{}"), DefaultID: bad}
+		if err := CheckKubeCluster(td(), k); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "in one path segment") {
+			t.Errorf("default ID %s: got %v", bad, err)
+		}
+	}
+}
