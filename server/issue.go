@@ -68,7 +68,7 @@ func (s workloadService) IssueX509(ctx context.Context, req *workloadv1.IssueX50
 		resp.Results, resp.IssuerChain = results, chain
 		if who.kind == guest {
 			if e := results[0].Error; e != nil { // one request, and nobody who would look into results
-				return nil, status.Error(codes.Code(e.Code), e.Message)
+				return nil, reported{status.Error(codes.Code(e.Code), e.Message)}
 			}
 			resp.Bundle = api.BundleToWire(s.cfg.State.Bundle())
 		}

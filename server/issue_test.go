@@ -308,6 +308,12 @@ func TestAgentless(t *testing.T) {
 		wantCode(t, err, codes.PermissionDenied)
 	})
 	w.wantNoSecrets(t, nil, token)
+	before := strings.Count(w.log.String(), "call refused")
+	_, err = c.IssueX509(testContext(t), &workloadv1.IssueX509Request{Requests: []*workloadv1.X509Request{{PublicKey: pub}}})
+	wantCode(t, err, codes.Unauthenticated)
+	if n := strings.Count(w.log.String(), "call refused") - before; n != 1 {
+		t.Errorf("one refusal made %d lines", n)
+	}
 }
 
 // Strangers who keep an API server busy, by tokens that they make up, keep nobody waiting but strangers.

@@ -3,18 +3,15 @@ package server
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	memberv1 "countersign.io/countersign/api/member/v1"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
 
-	"countersign.io/countersign/api"
 	"countersign.io/countersign/identity"
 )
 
@@ -163,16 +160,3 @@ type callStream struct {
 }
 
 func (c *callStream) Context() context.Context { return c.ctx }
-
-// report logs a failed call once and makes it fit for the wire.
-func (s *Server) report(c caller, method string, err error) error {
-	level := slog.LevelInfo
-	switch api.Code(err) {
-	case codes.Internal:
-		level = slog.LevelError
-	case codes.Canceled, codes.Unavailable, codes.ResourceExhausted:
-		level = slog.LevelDebug // the caller went away, or is told to come back: nothing to look into
-	}
-	s.cfg.Log.Log(context.Background(), level, "call refused", "method", method, "caller", c.kind, "id", c.id, "address", c.addr, "error", err)
-	return api.ToStatus(err)
-}

@@ -82,6 +82,9 @@ type Server struct {
 	cfg    Config
 	limits *limits
 	turns  chan struct{} // see verify
+	// what strangers may cause of log lines: refusals, and faults of ours
+	refusals, faults *lineLimit
+
 	hub    *hub
 	health *health.Server
 	agents *grpc.Server
@@ -111,7 +114,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
-	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), health: health.NewServer()}
+	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), health: health.NewServer()}
 	s.hub = newHub(s.matching, cfg.Now)
 	s.agents = s.newGRPC(handshaken{}, maxAgentMessage, 256, keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})
 	// Whoever proved nothing gets little memory and little time.
