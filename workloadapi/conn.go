@@ -110,9 +110,7 @@ type conn struct {
 // a client would have to handle, no memory, and the caller's own socket fills up.
 func (c *conn) Read(b []byte) (int, error) {
 	n, err := c.UnixConn.Read(b)
-	work := c.server.admit.work(c)
-	now := time.Now()
-	wait := work.ReserveN(now, min(c.debt+workOfRead+n/bytesPerWork, work.Burst())).DelayFrom(now)
+	wait := c.server.admit.pay(c, c.debt+workOfRead+n/bytesPerWork)
 	c.debt = 0
 	if wait <= 0 {
 		return n, err

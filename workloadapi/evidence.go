@@ -144,7 +144,7 @@ func (c *conn) collect(ctx context.Context) (*attestor.Workload, error) {
 		return nil, errors.New("attesting the caller: the attestor returned nothing")
 	}
 	if w.PodUID != "" {
-		if err := c.server.admit.rename(c, "pod:"+w.PodUID); err != nil {
+		if err := c.server.admit.inPod(c, w.PodUID); err != nil {
 			w.Wipe()
 			return nil, err
 		}

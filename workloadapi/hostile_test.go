@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"countersign.io/countersign/attestor"
+	"countersign.io/countersign/identity"
 )
 
 // raw is a client that speaks HTTP/2 as badly as it wants.
@@ -221,9 +222,52 @@ func TestPodIsOneCaller(t *testing.T) {
 	wantCode(t, call("pod1-b"), codes.OK)
 	wantCode(t, call("pod1-c"), codes.Unavailable)
 	wantCode(t, call("pod2-a"), codes.OK)
-	if n := f.held("pod1-a")[connections]; n != 0 {
-		t.Errorf("the container still counts %d connections", n)
+	if n := f.held("pod1-a")[connections]; n != 1 {
+		t.Errorf("the container counts %d connections", n)
 	}
+}
+
+// A control group that names another's pod does not use up what that pod may hold.
+func TestHostilePodImitator(t *testing.T) {
+	f := start(t, withLimits(Limits{Caller: Quota{Connections: 2}}))
+	f.attestor.do = podOf
+	call := func(name string) error {
+		f.source.set(name, f.d.update(f.d.svid("/pod", "")))
+		_, err := f.client(name).FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+		return err
+	}
+	for i, want := range []codes.Code{codes.OK, codes.OK, codes.Unavailable} {
+		wantCode(t, call(fmt.Sprintf("pod1-imitator%d", i)), want) // each in a control group of its own
+	}
+	wantCode(t, call("pod1-a"), codes.OK) // of another user, as its name is shorter
+	wantCode(t, call("pod1-b"), codes.OK)
+}
+
+// Nor does a container become many callers by changing its user: it stays one control group too.
+func TestHostileManyUsers(t *testing.T) {
+	var uid atomic.Uint32
+	f := start(t, withLimits(Limits{Caller: Quota{Connections: 2}}), func(s *setup) {
+		s.tune = func(s *Server) {
+			s.identify = func(c *net.UnixConn) (caller, error) { return caller{"test:" + nameOf(c), uid.Add(1)}, nil }
+		}
+	})
+	f.attestor.do = podOf
+	f.source.set("pod1-a", f.d.update(f.d.svid("/pod", "")))
+	for _, want := range []codes.Code{codes.OK, codes.OK, codes.Unavailable} {
+		_, err := f.client("pod1-a").FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+		wantCode(t, err, want)
+	}
+	f.server.admit.closeConns(func(*conn) bool { return true })
+	eventually(t, "nothing is counted", func() bool {
+		f.server.admit.mu.Lock()
+		defer f.server.admit.mu.Unlock()
+		for _, s := range f.server.admit.shares {
+			if !s.idle() {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // Streams that are never read: neither the socket nor, by a window of nothing, the streams. The source is not held
@@ -545,6 +589,98 @@ func TestCallsPerSecond(t *testing.T) {
 		t.Errorf("140 calls at 50 a second, 50 at once, took %v", took)
 	}
 	served()
+}
+
+// tokens is how many calls the caller's measure of work is good for.
+func (f *fixture) tokens(name string) float64 {
+	f.server.admit.mu.Lock()
+	defer f.server.admit.mu.Unlock()
+	return f.server.admit.shares["test:"+name].work.Tokens() / workPerCall
+}
+
+// dear lets a caller's measure of work fill up no more, so that what is left of it tells what was paid.
+func (f *fixture) dear(name string) {
+	f.server.admit.mu.Lock()
+	defer f.server.admit.mu.Unlock()
+	f.server.admit.share("test:"+name, true).work.SetLimit(1e-3)
+}
+
+// What a caller is refused by the Source it pays for dearly, and nobody else does. Faults that are not its doing are cheap.
+func TestHostileRefusals(t *testing.T) {
+	for name, tc := range map[string]struct {
+		err  error
+		want codes.Code
+		dear bool
+	}{
+		"refused":         {fmt.Errorf("%w: no entry", identity.ErrDenied), codes.PermissionDenied, true},
+		"not answerable":  {fmt.Errorf("%w: no leader", identity.ErrUnavailable), codes.Unavailable, false},
+		"a fault of ours": {errors.New("a fault"), codes.Internal, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := start(t, withLimits(Limits{CallsPerSecond: 1000}))
+			f.dear("attacker")
+			f.dear("victim")
+			served := f.victim()
+			f.source.set("attacker", tc.err)
+			_, err := f.client("attacker").FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+			wantCode(t, err, tc.want)
+			if left := f.tokens("attacker"); (left < 1000-10-50) != tc.dear {
+				t.Errorf("the attacker has %v of 1000 calls left", left)
+			}
+			served()
+			if left := f.tokens("victim"); left < 1000-50 {
+				t.Errorf("the victim has %v of 1000 calls left", left)
+			}
+		})
+	}
+}
+
+// A caller that does not wait for its refusal pays like one that does.
+func TestHostileLeavesBeforeRefusal(t *testing.T) {
+	var leave context.CancelFunc
+	f := start(t, withLimits(Limits{CallsPerSecond: 1000}), func(s *setup) {
+		s.tune = func(s *Server) {
+			s.source = sourceFunc(func(ctx context.Context, _ attestor.Func) error {
+				leave()
+				<-ctx.Done()
+				return ctx.Err()
+			})
+		}
+	})
+	f.dear("attacker")
+	client := f.client("attacker")
+	for i := range 2 {
+		ctx, cancel := context.WithCancel(f.ctx())
+		defer cancel()
+		leave = cancel
+		var err error
+		if i == 0 {
+			_, err = client.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"test"}})
+		} else {
+			_, err = must(client.FetchX509SVID(ctx, &workload.X509SVIDRequest{})).Recv()
+		}
+		wantCode(t, err, codes.Canceled)
+		eventually(t, "it is paid for", func() bool { return f.tokens("attacker") < 1000-10-50*float64(i+1) })
+	}
+}
+
+// Who asks too early is refused at once, and served as soon as it has an identity; who goes on asking is slowed down.
+func TestRefusalsAreSlowedDown(t *testing.T) {
+	f := start(t, withLimits(Limits{CallsPerSecond: 100}))
+	served := f.victim()
+	client := f.client("early")
+	begin := time.Now()
+	for range 6 {
+		_, err := client.FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+		wantCode(t, err, codes.PermissionDenied)
+	}
+	if took := time.Since(begin); took < time.Second {
+		t.Errorf("6 refusals that cost 300 calls at 100 a second, 100 at once, took %v", took)
+	}
+	served()
+	f.source.set("early", f.d.update(f.d.svid("/early", "")))
+	_, err := client.FetchJWTSVID(f.ctx(), &workload.JWTSVIDRequest{Audience: []string{"test"}})
+	wantCode(t, err, codes.OK)
 }
 
 func TestShutdown(t *testing.T) {

@@ -18,16 +18,18 @@ type Quota struct {
 	Streams     int // calls under way, also those whose request has not come
 }
 
-// Limits bound what callers can hold and cause. A caller is a pod, once its connection is attested, and before
-// that, and for other processes, a control group: the kernel's word for one container, service or session.
-// Every caller also counts against its user, so that a user who can make control groups without end gains
-// little by it, and no user, root included, may have all there is.
+// Limits bound what callers can hold and cause. A caller is a control group, the kernel's word for one container,
+// service or session, and once its connection is attested also one user's processes in a pod. Not the pod alone: no
+// member has verified by then that a process is of the pod that its control group names, and whoever may make control
+// groups could use up another's pod. Every caller also counts against its user, so that a user who can make control
+// groups without end gains little by it, and no user, root included, may have all there is.
 //
 // Zero fields mean DefaultLimits.
 type Limits struct {
 	Caller, User, Total Quota
 	// CallsPerSecond of one caller, with bursts of as many; beyond it its connections are read more slowly. It is
-	// true of small calls; 1 KiB received counts like one of them, and a connection opened like ten.
+	// true of small calls; 1 KiB received counts like one of them, a connection opened like ten, and a call refused by
+	// the Source like fifty.
 	CallsPerSecond int
 }
 
@@ -48,6 +50,9 @@ const (
 	workOfRead   = 1 // or single bytes would come cheap
 	bytesPerWork = 64
 	workOfConn   = 10 * workPerCall
+	// A refusal is not cached as an identity is: it can cost a member a check of evidence, each time. A burst pays for 80
+	// of them, so that who asks before its identity is there does not notice.
+	workOfRefusal = 50 * workPerCall
 
 	filesPerConn = 3 // the socket and what an attestor.Peer holds
 )
@@ -97,8 +102,9 @@ type share struct {
 
 func (s *share) idle() bool { return s.held == [kinds]int{} }
 
-// holder is whom something is counted against: the caller, its user, everybody.
-type holder [3]*share
+// holder is whom something is counted against: the caller, its user, everybody, and, of a connection that was renamed,
+// the caller that it came as. Without that, a container's root could become many callers by changing its user.
+type holder [4]*share
 
 // admission counts. It is the one place where callers meet, so nothing is done under its lock but counting.
 type admission struct {
@@ -121,7 +127,7 @@ func newAdmission(l Limits, log *slog.Logger) *admission {
 // open admits a connection, or says why not.
 func (a *admission) open(c *conn, who caller) error {
 	return a.count(func() error {
-		h := holder{a.share(who.key, true), a.share("user:"+strconv.FormatUint(uint64(who.uid), 10), false), &a.total}
+		h := holder{a.share(who.key, true), a.share("user:"+strconv.FormatUint(uint64(who.uid), 10), false), &a.total, nil}
 		if !h[0].work.AllowN(time.Now(), workOfConn) {
 			return overLimit(h[0], "connections a second")
 		}
@@ -142,10 +148,11 @@ func (a *admission) close(c *conn) {
 	a.give(c.holder, connections)
 }
 
-// rename says that the connection's caller is known better by now. What it holds already stays counted where
-// it was taken.
-func (a *admission) rename(c *conn, key string) error {
+// inPod says that the connection's caller is in a pod, as far as this node can tell. Its calls under way stay counted
+// where they were taken.
+func (a *admission) inPod(c *conn, uid string) error {
 	return a.count(func() error {
+		key := "pod:" + uid + " " + c.holder[1].key
 		if _, open := a.conns[c]; !open || c.holder[0].key == key {
 			return nil
 		}
@@ -154,7 +161,11 @@ func (a *admission) rename(c *conn, key string) error {
 			return overLimit(to, connections.String())
 		}
 		to.held[connections]++
-		a.give(holder{c.holder[0]}, connections)
+		if c.holder[3] == nil {
+			c.holder[3] = c.holder[0]
+		} else {
+			a.give(holder{c.holder[0]}, connections)
+		}
 		c.holder[0] = to
 		return nil
 	})
@@ -191,21 +202,31 @@ func (a *admission) release(h holder, k kind) {
 	a.give(h, k)
 }
 
-// work is the connection's caller's measure of work.
-func (a *admission) work(c *conn) *rate.Limiter {
+// pay charges work to the connection's caller, also as whom it came: that is whose next connection will be refused. It
+// returns how long the caller should wait for it.
+func (a *admission) pay(c *conn, work int) (wait time.Duration) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	return c.holder[0].work
+	payers := [2]*share{c.holder[0], c.holder[3]}
+	a.mu.Unlock()
+	now := time.Now()
+	for _, s := range payers {
+		if s != nil {
+			wait = max(wait, s.work.ReserveN(now, min(work, s.work.Burst())).DelayFrom(now))
+		}
+	}
+	return wait
 }
 
 func (a *admission) take(h holder, k kind) error {
-	for i, q := range [3]Quota{a.limits.Caller, a.limits.User, a.limits.Total} {
-		if h[i].held[k] >= q.limit(k) {
+	for i, q := range [4]Quota{a.limits.Caller, a.limits.User, a.limits.Total, a.limits.Caller} {
+		if h[i] != nil && h[i].held[k] >= q.limit(k) {
 			return overLimit(h[i], k.String())
 		}
 	}
 	for _, s := range h {
-		s.held[k]++
+		if s != nil {
+			s.held[k]++
+		}
 	}
 	return nil
 }
@@ -241,9 +262,15 @@ func (a *admission) share(key string, caller bool) *share {
 // forget drops the shares of those who hold nothing, once their measure of work has filled up again: earlier,
 // hanging up would be a way around it. Doubling spreads its cost over the calls that made the shares.
 func (a *admission) forget() {
-	refilled := time.Now().Add(-time.Second)
+	now := time.Now()
 	for key, s := range a.shares {
-		if s.idle() && s.idleAt.Before(refilled) {
+		refilled := s.idleAt.Add(time.Second)
+		if s.work != nil { // refusals may have left it far below nothing
+			if debt := -s.work.TokensAt(s.idleAt); debt > 0 {
+				refilled = refilled.Add(time.Duration(debt / float64(s.work.Limit()) * float64(time.Second)))
+			}
+		}
+		if s.idle() && refilled.Before(now) {
 			delete(a.shares, key)
 		}
 	}

@@ -68,4 +68,17 @@ func TestSharesAreForgotten(t *testing.T) {
 	if a.shares["quick"] == nil {
 		t.Error("hanging up makes a caller's measure of work new")
 	}
+	c = new(conn)
+	if err := a.open(c, caller{"refused", 1}); err != nil {
+		t.Fatal(err)
+	}
+	for range 100 * 80 { // 100 seconds' worth
+		a.pay(c, workOfRefusal)
+	}
+	a.close(c)
+	a.shares["refused"].idleAt = time.Now().Add(-2 * time.Second)
+	a.forget()
+	if a.shares["refused"] == nil {
+		t.Error("what refusals cost is forgotten before it is paid")
+	}
 }

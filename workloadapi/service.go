@@ -60,6 +60,8 @@ func (s *Server) updates(stream grpc.ServerStream, view func(*identity.Update) (
 		return p.push(m)
 	})
 	switch {
+	case stream.Context().Err() != nil && first:
+		return inVain{stream.Context().Err()}
 	case stream.Context().Err() != nil:
 		return stream.Context().Err()
 	case s.stopping.Err() != nil:
@@ -67,8 +69,13 @@ func (s *Server) updates(stream grpc.ServerStream, view func(*identity.Update) (
 	case err == nil:
 		return fmt.Errorf("%w: there are no updates at the moment: try again", identity.ErrUnavailable)
 	}
-	return err
+	return inVain{err}
 }
+
+// inVain is an error of a call for which the Source was asked, which may have cost a member something.
+type inVain struct{ error }
+
+func (e inVain) Unwrap() error { return e.error }
 
 func errNoIdentity() error {
 	return fmt.Errorf("%w: no identity is issued for this workload: is there an entry that its selectors match?", identity.ErrDenied)
@@ -100,10 +107,10 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 	}
 	svids, err := s.source.FetchJWT(ctx, attest, req.Audience, id)
 	if err != nil {
-		return nil, err
+		return nil, inVain{err}
 	}
 	if len(svids) == 0 {
-		return nil, errNoIdentity()
+		return nil, inVain{errNoIdentity()}
 	}
 	resp := &workload.JWTSVIDResponse{Svids: make([]*workload.JWTSVID, len(svids))}
 	hints := uniqueHints{}
@@ -131,10 +138,10 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	}
 	u, err := s.source.Current(ctx, attest)
 	if err != nil {
-		return nil, err
+		return nil, inVain{err}
 	}
 	if len(u.SVIDs) == 0 {
-		return nil, errNoIdentity()
+		return nil, inVain{errNoIdentity()}
 	}
 	id, claims, err := validateJWT(req.Svid, req.Audience, s.now(), func(td spiffeid.TrustDomain) map[string]crypto.PublicKey {
 		if b := u.Bundles[td]; b != nil {
@@ -179,10 +186,24 @@ func (s *Server) call(srv any, stream grpc.ServerStream, info *grpc.StreamServer
 		return s.status(info.FullMethod, err)
 	}
 	defer s.admit.release(held, streams)
-	if err := handler(srv, stream); err != nil {
-		return s.status(info.FullMethod, err)
+	err = handler(srv, stream)
+	if err == nil {
+		return nil
 	}
-	return nil
+	var vain inVain
+	asked := errors.As(err, &vain)
+	if asked {
+		err = vain.error // status knows gRPC's own only bare
+	}
+	st := s.status(info.FullMethod, err)
+	// A caller that leaves before it is refused pays too, or leaving would be the way around it: the question goes on.
+	// The Source's other failures are not the caller's doing.
+	if asked && (status.Code(st) == codes.PermissionDenied || stream.Context().Err() != nil) {
+		if c, ok := connOf(stream.Context()); ok {
+			s.admit.pay(c, workOfRefusal) // what it reads next waits, and not this answer
+		}
+	}
+	return st
 }
 
 // begin checks the security header, which a request forged through a workload's server cannot carry (Workload
