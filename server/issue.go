@@ -297,7 +297,11 @@ func (s *Server) verify(ctx context.Context, who kind, token []byte) (*kube.Clai
 			return nil, ctx.Err()
 		}
 	}
-	return s.cfg.Pods.Verify(ctx, token)
+	claims, err := s.cfg.Pods.Verify(ctx, token)
+	if err != nil && who != agent {
+		err = &withheld{err, "verifying the service account token: " + kube.Reason(err)}
+	}
+	return claims, err
 }
 
 // sameNode keeps a token from being used anywhere but on the node that its pod runs on: promise 1.

@@ -2,12 +2,14 @@ package server
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"countersign.io/countersign/api"
 )
@@ -53,15 +55,38 @@ func (s *Server) report(c caller, method string, err error) error {
 	case codes.Canceled, codes.Unavailable, codes.ResourceExhausted:
 		level = slog.LevelDebug // the caller went away, or is told to come back: nothing to look into
 	}
-	s.logRefusal(c, level, "method", method, "caller", c.kind, "id", c.id, "address", c.addr, "error", err)
-	return api.ToStatus(err)
+	attrs := []any{"method", method, "caller", c.kind, "id", c.id, "address", c.addr, "error", err}
+	var w *withheld
+	if !errors.As(err, &w) || api.Code(err) == codes.Internal {
+		s.logRefusal(c, level, attrs...)
+		return api.ToStatus(err)
+	}
+	if api.Code(err) == codes.Unavailable {
+		level = slog.LevelInfo // the log is where the reason can be found
+	}
+	at := s.cfg.Now().UTC().Format("2006-01-02T15:04:05.000Z07:00")
+	where := "see the member's log, request at " + at
+	if !s.logRefusal(c, level, append(attrs, "request_at", at)...) {
+		where = "the member's log left out why, for it has too many such lines: try again"
+	}
+	return status.Error(api.Code(err), w.instead+": "+where)
 }
 
-// logRefusal writes the line, if it is an agent's or an operator's or the strangers have not had too many.
-func (s *Server) logRefusal(c caller, level slog.Level, attrs ...any) {
+// withheld is an error whose text says what is registered here: audiences, hosts, paths. Strangers are told something else
+// instead, and its text is in the log.
+type withheld struct {
+	error
+	instead string
+}
+
+func (w *withheld) Unwrap() error { return w.error }
+
+// logRefusal writes the line, if it is an agent's or an operator's or the strangers have not had too many; it reports whether
+// it did.
+func (s *Server) logRefusal(c caller, level slog.Level, attrs ...any) bool {
 	ctx := context.Background()
 	if !s.cfg.Log.Enabled(ctx, level) {
-		return
+		return false
 	}
 	if c.kind&(agent|member|local) == 0 && level > slog.LevelDebug { // who turns Debug on wants to see all
 		limit := s.refusals
@@ -70,11 +95,12 @@ func (s *Server) logRefusal(c caller, level slog.Level, attrs ...any) {
 		}
 		leftOut, ok := limit.allow(s.cfg.Now())
 		if !ok {
-			return
+			return false
 		}
 		if leftOut > 0 {
 			attrs = append(attrs, "left_out_before", leftOut)
 		}
 	}
 	s.cfg.Log.Log(ctx, level, "call refused", attrs...)
+	return true
 }

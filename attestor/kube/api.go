@@ -267,10 +267,10 @@ func (c *cluster) checkReview(t *token, s *authv1.TokenReviewStatus) error {
 		if s.Error != "" {
 			why = " (" + scrub(s.Error, t.raw) + ")"
 		}
-		return refused("the API server of kube cluster %q does not accept it%s: its pod or service account may be gone", c.Name, why)
+		return refused(notBacked, "the API server of kube cluster %q does not accept it%s: its pod or service account may be gone", c.Name, why)
 	}
 	if !slices.Contains(s.Audiences, c.Audience) {
-		return refused("the API server of kube cluster %q does not confirm audience %q", c.Name, c.Audience)
+		return refused(badAudience, "the API server of kube cluster %q does not confirm audience %q", c.Name, c.Audience)
 	}
 	k := &t.claims.Kubernetes
 	for _, f := range []struct {
@@ -286,7 +286,7 @@ func (c *cluster) checkReview(t *token, s *authv1.TokenReviewStatus) error {
 		{"service account UID", k.ServiceAccount.UID, []string{s.User.UID}, k.ServiceAccount.UID == "" || s.User.UID == ""},
 	} {
 		if !f.optional && !slices.Equal(f.review, []string{f.claim}) {
-			return refused("the API server of kube cluster %q gives %s as its %s, the token %s", c.Name, short(strings.Join(f.review, " ")), f.what, short(f.claim))
+			return refused(notBacked, "the API server of kube cluster %q gives %s as its %s, the token %s", c.Name, short(strings.Join(f.review, " ")), f.what, short(f.claim))
 		}
 	}
 	return nil

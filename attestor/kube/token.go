@@ -73,8 +73,8 @@ func malformed(format string, args ...any) error {
 	return fmt.Errorf("reading service account token: %w: "+format, append([]any{identity.ErrInvalid}, args...)...)
 }
 
-func refused(format string, args ...any) error {
-	return fmt.Errorf("verifying service account token: %w: "+format, append([]any{identity.ErrUnauthenticated}, args...)...)
+func refused(why reason, format string, args ...any) error {
+	return &reasoned{fmt.Errorf("verifying service account token: %w: "+format, append([]any{identity.ErrUnauthenticated}, args...)...), why}
 }
 
 // parseToken reads a compact JWS (RFC 7515 section 3.1) and checks what needs no key and no clock. No text of the parsing
@@ -100,7 +100,7 @@ func parseToken(in []byte) (*token, error) {
 	var alg *jose.ErrUnexpectedSignatureAlgorithm
 	t.jws, err = jose.ParseSignedCompact(t.raw, allowedAlgorithms())
 	if errors.As(err, &alg) {
-		return nil, refused("its algorithm %s is not accepted: want RS, ES or PS with 256, 384 or 512", short(string(alg.Got)))
+		return nil, refused(badForm, "its algorithm %s is not accepted: want RS, ES or PS with 256, 384 or 512", short(string(alg.Got)))
 	}
 	if err != nil || len(t.jws.Signatures) != 1 {
 		return nil, malformed("it is not a compact JWS: %s", bindHint)
@@ -108,7 +108,7 @@ func parseToken(in []byte) (*token, error) {
 	h := t.jws.Signatures[0].Protected
 	t.kid, t.alg = h.KeyID, jose.SignatureAlgorithm(h.Algorithm)
 	if t.kid == "" {
-		return nil, refused("it has no key ID (kid): %s", bindHint)
+		return nil, refused(badForm, "it has no key ID (kid): %s", bindHint)
 	}
 	if err := json.Unmarshal(t.jws.UnsafePayloadWithoutVerification(), &t.claims); err != nil {
 		return nil, malformed("its claims are not those of a service account token: %s", bindHint)
@@ -131,15 +131,15 @@ func (c *tokenClaims) check() error {
 	k := &c.Kubernetes
 	switch {
 	case c.Issuer == "":
-		return refused("it has no issuer (iss): %s", bindHint)
+		return refused(badForm, "it has no issuer (iss): %s", bindHint)
 	case c.Expiry == nil:
-		return refused("it has no expiry (exp): %s", bindHint)
+		return refused(badForm, "it has no expiry (exp): %s", bindHint)
 	case k.Namespace == "" || k.ServiceAccount.Name == "":
-		return refused("it is not a service account token of Kubernetes (no kubernetes.io claim): %s", bindHint)
+		return refused(badForm, "it is not a service account token of Kubernetes (no kubernetes.io claim): %s", bindHint)
 	case k.Pod == nil || k.Pod.Name == "" || k.Pod.UID == "":
-		return refused("it is not bound to a pod: %s", bindHint)
+		return refused(notBound, "it is not bound to a pod: %s", bindHint)
 	case k.Node == nil || k.Node.Name == "":
-		return refused("it does not name the pod's node: Kubernetes 1.30 or later puts the node into pod-bound tokens")
+		return refused(notBound, "it does not name the pod's node: Kubernetes 1.30 or later puts the node into pod-bound tokens")
 	}
 	for _, f := range []struct {
 		what, value string
@@ -152,14 +152,14 @@ func (c *tokenClaims) check() error {
 		{"node name", k.Node.Name, dnsName},
 	} {
 		if !f.form.MatchString(f.value) {
-			return refused("its %s %s does not have the form of one", f.what, short(f.value))
+			return refused(badForm, "its %s %s does not have the form of one", f.what, short(f.value))
 		}
 	}
 	if k.Node.UID != "" && !uid.MatchString(k.Node.UID) {
-		return refused("its node UID %s does not have the form of one", short(k.Node.UID))
+		return refused(badForm, "its node UID %s does not have the form of one", short(k.Node.UID))
 	}
 	if c.Subject != c.username() {
-		return refused("its subject %s is not its service account %s", short(c.Subject), c.username())
+		return refused(badForm, "its subject %s is not its service account %s", short(c.Subject), c.username())
 	}
 	return nil
 }
@@ -172,13 +172,13 @@ func (c *tokenClaims) username() string {
 // checkTimes is RFC 7519 section 4.1.4 to 4.1.6.
 func (c *tokenClaims) checkTimes(now time.Time) error {
 	if exp := c.Expiry.Time(); !now.Before(exp.Add(leeway)) {
-		return refused("it expired at %s, %s ago: the kubelet renews a projected token in time, so the file may be a copy, or a clock is wrong", exp.UTC().Format(time.RFC3339), now.Sub(exp).Round(time.Second))
+		return refused(expired, "it expired at %s, %s ago: the kubelet renews a projected token in time, so the file may be a copy, or a clock is wrong", exp.UTC().Format(time.RFC3339), now.Sub(exp).Round(time.Second))
 	}
 	if c.NotBefore != nil && now.Add(leeway).Before(c.NotBefore.Time()) {
-		return refused("it is not valid before %s: compare the clocks of this member and the API server", c.NotBefore.Time().UTC().Format(time.RFC3339))
+		return refused(notYetValid, "it is not valid before %s: compare the clocks of this member and the API server", c.NotBefore.Time().UTC().Format(time.RFC3339))
 	}
 	if c.IssuedAt != nil && now.Add(leeway).Before(c.IssuedAt.Time()) {
-		return refused("it was issued at %s, which is to come: compare the clocks of this member and the API server", c.IssuedAt.Time().UTC().Format(time.RFC3339))
+		return refused(notYetValid, "it was issued at %s, which is to come: compare the clocks of this member and the API server", c.IssuedAt.Time().UTC().Format(time.RFC3339))
 	}
 	return nil
 }

@@ -61,9 +61,9 @@ func (v *Verifier) clusterOf(ctx context.Context, t *token) (*cluster, error) {
 	slices.Sort(wanted)
 	switch {
 	case len(wanted) == 0:
-		return nil, refused("its issuer %s is not that of any of the %d registered kube clusters: compare with countersign kube list", short(t.claims.Issuer), len(set.all))
+		return nil, refused(badIssuer, "its issuer %s is not that of any of the %d registered kube clusters: compare with countersign kube list", short(t.claims.Issuer), len(set.all))
 	case len(candidates) == 0:
-		return nil, refused("it is for audience %s, not for %s: set the audience of the pod's serviceAccountToken volume", short(strings.Join(t.claims.Audience, " ")), strings.Join(slices.Compact(wanted), " or "))
+		return nil, refused(badAudience, "it is for audience %s, not for %s: set the audience of the pod's serviceAccountToken volume", short(strings.Join(t.claims.Audience, " ")), strings.Join(slices.Compact(wanted), " or "))
 	}
 	fits := t.fitting(candidates)
 	if len(fits) == 0 {
@@ -110,7 +110,7 @@ func (t *token) whyNot(ctx context.Context, candidates []*cluster) error {
 			return fmt.Errorf("verifying service account token: %w: kube cluster %q cannot verify any: %v", identity.ErrUnavailable, c.Name, c.fault)
 		}
 		if len(c.keys.find(t.kid)) > 0 {
-			no = refused("it is not signed by key %s of kube cluster %q: it was changed on the way, or is of another cluster with the same issuer", short(t.kid), c.Name)
+			no = refused(badKey, "it is not signed by key %s of kube cluster %q: it was changed on the way, or is of another cluster with the same issuer", short(t.kid), c.Name)
 			continue
 		}
 		if ctx.Err() != nil {
@@ -121,9 +121,9 @@ func (t *token) whyNot(ctx context.Context, candidates []*cluster) error {
 		case fault != nil:
 			return fmt.Errorf("verifying service account token: key %s is not known yet: %w", short(t.kid), fault)
 		case no == nil && c.keys.url == "":
-			no = refused("its key %s is not among the %d in the offline JWKS of kube cluster %q: if the cluster has new keys, register it again with them", short(t.kid), n, c.Name)
+			no = refused(badKey, "its key %s is not among the %d in the offline JWKS of kube cluster %q: if the cluster has new keys, register it again with them", short(t.kid), n, c.Name)
 		case no == nil:
-			no = refused("its key %s is not among the %d that kube cluster %q publishes", short(t.kid), n, c.Name)
+			no = refused(badKey, "its key %s is not among the %d that kube cluster %q publishes", short(t.kid), n, c.Name)
 		}
 	}
 	return no
@@ -138,7 +138,7 @@ func (c *cluster) checkGone(claims *Claims) error {
 }
 
 func errGone(claims *Claims) error {
-	return refused("pod %s/%s (UID %s) of kube cluster %q is gone", claims.Namespace, claims.PodName, claims.PodUID, claims.Cluster)
+	return refused(podGone, "pod %s/%s (UID %s) of kube cluster %q is gone", claims.Namespace, claims.PodName, claims.PodUID, claims.Cluster)
 }
 
 // checkPod asks the API server about a pod that the watch does not know, for it may have gone before the watch began or
