@@ -78,7 +78,7 @@ func (w *world) notReady(health string, words ...string) {
 // TestAgentRestartsWithoutMembers takes all members away, and then the agent: live SVIDs come back from memory.
 func TestAgentRestartsWithoutMembers(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	state := cluster.StateDir(w.Dir, "agent-1")
 	if state == "none" {
 		t.Skip("there is no /dev/shm: this machine offers no tmpfs to keep SVIDs in")
@@ -148,7 +148,7 @@ func (s *stream) unbroken(t *testing.T) {
 // TestAgentLosesItsState is what a join token cannot help with: the agent says what to do.
 func TestAgentLosesItsState(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	a := w.agent()
 	a.Stop()
 	if state := cluster.StateDir(w.Dir, a.Name); state != "none" {
@@ -202,7 +202,7 @@ func (w *world) connectedTo() *cluster.Member {
 // answered by the next, and the next change of an entry arrives.
 func TestAgentFailsOver(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 3, "")
+	w := worldOf(t, 3, "")
 	a := w.agent()
 	w.createEntry(append(uidSelectors(), "--id", "spiffe://"+trustDomain+"/0")...)
 	s := w.watch(a)
@@ -328,7 +328,7 @@ func TestAgentX509Pop(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	ca := newPKI(t, dir, "nodes")
-	w := newWorld(t, 1, "x509pop: {ca_file: "+ca.file+", kube_cluster: test}\n")
+	w := worldOf(t, 1, "x509pop: {ca_file: "+ca.file+", kube_cluster: test}\n")
 	a := w.popAgent(ca, "pop", "node-7")
 	untilReady(t, w.ctx, a.Process, a.Health)
 	var list struct {
@@ -407,7 +407,7 @@ func TestAgentX509Pop(t *testing.T) {
 // its state folder does not bring anything back.
 func TestAgentBanned(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	a := w.agent()
 	w.createEntry(append(uidSelectors(), "--id", "spiffe://"+trustDomain+"/one")...)
 	s := w.watch(a)
@@ -452,7 +452,7 @@ func TestAgentBanned(t *testing.T) {
 // why, and a new token mends it.
 func TestAgentEvicted(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	a := w.agent()
 	var list struct{ Agents []struct{ ID string } }
 	parseJSON(t, w.admin("agent", "list", "-o", "json"), &list)

@@ -31,7 +31,7 @@ type faults struct {
 
 func newFaults(t *testing.T) *faults {
 	t.Helper()
-	w := newWorld(t, 3, "")
+	w := worldOf(t, 3, "")
 	f := &faults{world: w, agent: w.agent()}
 	w.createEntry("-s", "k8s:ns:shop", "--id", "spiffe://"+trustDomain+"/shop/{k8s:sa}", "--x509-ttl", "30s") // to be renewed on the way
 	w.createEntry(append(uidSelectors(), "--id", "spiffe://"+trustDomain+"/me")...)
@@ -218,7 +218,7 @@ func TestFaults(t *testing.T) {
 func TestFaultsQuorumLost(t *testing.T) {
 	t.Parallel()
 	const stale = 6 * time.Second
-	w := newWorld(t, 3, "max_staleness: "+stale.String()+"\n")
+	w := worldOf(t, 3, "max_staleness: "+stale.String()+"\n")
 	l := newLoad(w)
 	t.Cleanup(l.stop)
 	f := &faults{world: w, load: l}
@@ -316,7 +316,7 @@ func (l *load) until(t *testing.T, m *cluster.Member, killed time.Time, stale ti
 // TestFaultsHealthBeforeReady: a member that cannot be ready, because the others are away, is live and says why.
 func TestFaultsHealthBeforeReady(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 2, "")
+	w := worldOf(t, 2, "")
 	for _, m := range w.Members {
 		untilVoter(t, w, m.Name)
 	}

@@ -69,7 +69,7 @@ func (p *place) notJoined(t *testing.T, token string, code int, words ...string)
 // TestStartJoinTokens tries to join with tokens that do not fit, as a member and as an agent.
 func TestStartJoinTokens(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	foreign := newPlace(t, "ca-1", "") // another cluster of the same trust domain's name
 	foreign.start(t, w.ctx, "")
 	create := func(args ...string) string { return w.admin(append([]string{"token", "create"}, args...)...) }
@@ -173,7 +173,7 @@ func edited(t *testing.T, token string, edit func(*node.Token)) string {
 // do; and doing that helps.
 func TestStartJoinBrokenOff(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	admitted := func(name string) bool {
 		out, err := w.Members[0].Admin(w.ctx, bin, "status", "-o", "json")
 		return err == nil && strings.Contains(out, `"`+name+`"`)

@@ -47,6 +47,7 @@ func newPlace(t *testing.T, name, data string) *place {
 	}
 	t.Cleanup(func() {
 		p.Cluster.Close()
+		soundLogs(t, dir)
 		if log, err := os.ReadFile(filepath.Join(dir, "log")); err == nil && t.Failed() {
 			t.Logf("%s", log)
 		}
@@ -60,6 +61,36 @@ func newPlace(t *testing.T, name, data string) *place {
 	p.yaml = fmt.Sprintf("version: 1\ntrust_domain: %s\nname: %s\ndata_dir: %s\nlisten: %s\nadmin_socket: %s\nhealth: %s\n",
 		trustDomain, name, p.data(""), p.Address, p.Socket, p.Health)
 	return p
+}
+
+// worldOf is newWorld, and at its end no process may have panicked or raced.
+func worldOf(t *testing.T, members int, serverYAML string) *world {
+	t.Helper()
+	w := newWorld(t, members, serverYAML)
+	t.Cleanup(func() { soundLogs(t, w.Dir) })
+	return w
+}
+
+// soundLogs looks for what a process says that is broken itself: one that is killed has no exit code to tell.
+func soundLogs(t *testing.T, dir string) {
+	t.Helper()
+	for _, pattern := range []string{"log", "*/log"} {
+		files, err := filepath.Glob(filepath.Join(dir, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			log, err := os.ReadFile(f)
+			if err != nil {
+				t.Error(err)
+			}
+			for _, broken := range []string{"DATA RACE", "panic: ", "fatal error: "} {
+				if i := bytes.Index(log, []byte(broken)); i >= 0 {
+					t.Errorf("%s says: %s", f, log[i:min(len(log), i+4000)])
+				}
+			}
+		}
+	}
 }
 
 func freeAddress(t *testing.T) string {
@@ -323,7 +354,7 @@ func removeAll(t *testing.T, path string) {
 // TestStartWhatIsTaken starts processes on what another one uses.
 func TestStartWhatIsTaken(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	a := w.agent()
 	live := w.Members[0]
 	data := filepath.Join(live.Dir, "data")
@@ -525,7 +556,7 @@ func first[A, B any](a A, _ B) A { return a }
 
 // TestNoCoreFiles: neither program leaves its memory on disk when it dies.
 func TestNoCoreFiles(t *testing.T) {
-	w := newWorld(t, 1, "")
+	w := worldOf(t, 1, "")
 	a := w.agent()
 	for name, pid := range map[string]int{"member": w.Members[0].PID(), "agent": a.PID()} {
 		limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
