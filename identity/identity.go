@@ -119,9 +119,12 @@ type Agent struct {
 	Selectors   []Selector `json:"selectors,omitempty"`
 	KubeCluster string     `json:"kube_cluster,omitempty"` // the node it may speak for; empty: no pods
 	KubeNode    string     `json:"kube_node,omitempty"`
-	AttestedAt  time.Time  `json:"attested_at,omitzero"`
-	Banned      bool       `json:"banned,omitempty"`
-	Revision    uint64     `json:"revision,omitempty"`
+	// KubeAccount is the "namespace/serviceaccount" that it was attested as, by its pod's token: it is an agent for as long as
+	// the cluster allows the account. Empty: attested otherwise, or on record since before accounts were kept.
+	KubeAccount string    `json:"kube_account,omitempty"`
+	AttestedAt  time.Time `json:"attested_at,omitzero"`
+	Banned      bool      `json:"banned,omitempty"`
+	Revision    uint64    `json:"revision,omitempty"`
 }
 
 // JoinToken is what the cluster remembers of a one-time join secret: never the secret.

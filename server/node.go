@@ -110,7 +110,9 @@ func (s *Server) attestKube(ctx context.Context, token, cluster string) (identit
 	if !slices.Contains(k.AgentAccounts, account) {
 		return identity.Agent{}, fmt.Errorf("%w: pods of service account %s may not be agents of kube cluster %q: allow it with countersign kube add --replace --agent-account %s", identity.ErrDenied, account, k.Name, account)
 	}
-	return node.KubeAgent(s.cfg.TrustDomain, claims.Cluster, claims.NodeName, s.cfg.Now())
+	record, err := node.KubeAgent(s.cfg.TrustDomain, claims.Cluster, claims.NodeName, s.cfg.Now())
+	record.KubeAccount = account
+	return record, err
 }
 
 func (s *Server) attestX509Pop(stream grpc.BidiStreamingServer[nodev1.AttestRequest, nodev1.AttestResponse], chain [][]byte, publicKey []byte) (identity.Agent, error) {
@@ -148,7 +150,9 @@ func (s *Server) keepRecord(ctx context.Context, a identity.Agent) error {
 	if a.Kind != node.KindJoin && a.KubeNode != "" && s.cfg.State.NodeBanned(a.KubeCluster, a.KubeNode) {
 		return fmt.Errorf("%w: an agent of node %q of kube cluster %q is banned: if the node is to be trusted again, make a join token for it (countersign token create --agent --kube-node %s/%s)", identity.ErrDenied, a.KubeNode, a.KubeCluster, a.KubeCluster, a.KubeNode)
 	}
-	known := ok && old.Kind == a.Kind && old.KubeCluster == a.KubeCluster && old.KubeNode == a.KubeNode && slices.Equal(old.Selectors, a.Selectors)
+	// A record from before accounts were kept is not a reason to need a leader.
+	sameAccount := ok && (old.KubeAccount == "" || old.KubeAccount == a.KubeAccount)
+	known := sameAccount && old.Kind == a.Kind && old.KubeCluster == a.KubeCluster && old.KubeNode == a.KubeNode && slices.Equal(old.Selectors, a.Selectors)
 	if known {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, refreshTime)

@@ -159,6 +159,55 @@ func TestAttestByKubeToken(t *testing.T) {
 	wantCode(t, err, codes.PermissionDenied, "banned")
 }
 
+// Who takes a service account off a cluster's list ends its agents with it: those connected, and those that come back.
+func TestAgentsOfADroppedAccount(t *testing.T) {
+	w := newWorld(t).start(t)
+	w.registerCluster(t)
+	key, pub := newKey(t)
+	token := w.podToken(t, pod{ns: "countersign", sa: "agent", name: "agent-x", node: "node-7"})
+	svid, err := attest(t, w.dial(t, nil), byKube(token, cluster, pub))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := w.dial(t, &tls.Certificate{Certificate: svid.Chain, PrivateKey: key})
+	renew := func(conn *grpc.ClientConn) error {
+		_, err := nodev1.NewNodeClient(conn).Renew(testContext(t), &nodev1.RenewRequest{PublicKey: pub})
+		return err
+	}
+	// Two that the list says nothing about: one with a join token, one on record since before accounts were kept.
+	_, joined := w.agent(t, "a1", "node-1")
+	before, err := node.KubeAgent(w.td, cluster, "node-8", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.state.PutAgent(testContext(t), before); err != nil {
+		t.Fatal(err)
+	}
+	others := []*grpc.ClientConn{w.dial(t, joined), w.dial(t, w.certificate(t, "/countersign/agent/kube/c1/node-8"))}
+	s, other := w.sync(t, conn), w.sync(t, others[1])
+
+	w.registerCluster(t, func(k *identity.KubeCluster) { k.AgentAccounts = append(k.AgentAccounts, "countersign/agent2") })
+	if err := renew(conn); err != nil {
+		t.Fatalf("the account is on the list: %v", err)
+	}
+	s.settle()
+	w.registerCluster(t, func(k *identity.KubeCluster) { k.AgentAccounts = []string{"countersign/agent2"} })
+	s.wantEnd(codes.PermissionDenied, "countersign/agent", "no longer")
+	wantCode(t, renew(conn), codes.PermissionDenied, "countersign/agent", "--agent-account")
+	_, err = attest(t, w.dial(t, nil), byKube(token, cluster, pub))
+	wantCode(t, err, codes.PermissionDenied, "agent-account")
+	for _, c := range others {
+		if err := renew(c); err != nil {
+			t.Errorf("an agent of no account: %v", err)
+		}
+	}
+	other.settle()
+	w.registerCluster(t)
+	if err := renew(conn); err != nil {
+		t.Errorf("the account is on the list again: %v", err)
+	}
+}
+
 func TestAttestByX509Pop(t *testing.T) {
 	caKey, _ := newKey(t)
 	caTmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "machines"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -110,7 +111,7 @@ func idSuffix(c caller) string {
 const recordLag = 2 * time.Minute
 
 // liveAgent returns the record of a connected agent: its SVID must still be valid, and it must be neither banned
-// nor evicted.
+// nor evicted, and its service account still be allowed to have agents.
 func (s *Server) liveAgent(c caller) (*identity.Agent, error) {
 	now := s.cfg.Now()
 	if !now.Before(c.expires) {
@@ -125,7 +126,22 @@ func (s *Server) liveAgent(c caller) (*identity.Agent, error) {
 	case a.Banned:
 		return nil, fmt.Errorf("%w: agent %s is banned", identity.ErrDenied, c.id)
 	}
+	if err := s.accountAllowed(a); err != nil {
+		return nil, err
+	}
 	return a, nil
+}
+
+// accountAllowed refuses an agent whose pod's service account was taken off its kube cluster's list after it was attested:
+// who takes it off does not want its agents any more, and must not have to find and evict each.
+func (s *Server) accountAllowed(a *identity.Agent) error {
+	if a.KubeAccount == "" {
+		return nil
+	}
+	if k, ok := s.cfg.State.KubeCluster(a.KubeCluster); ok && slices.Contains(k.AgentAccounts, a.KubeAccount) {
+		return nil
+	}
+	return fmt.Errorf("%w: agent %s was attested as service account %s, whose pods may no longer be agents of kube cluster %q: allow it with countersign kube add --replace --agent-account %s", identity.ErrDenied, a.ID, a.KubeAccount, a.KubeCluster, a.KubeAccount)
 }
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {

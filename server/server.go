@@ -245,7 +245,7 @@ func (s *Server) changed(changes []identity.Change) {
 			s.cfg.Log.Error("a kube cluster cannot be used as registered", "error", err)
 		}
 	}
-	if reset {
+	if reset || clusters { // a cluster may have taken the agents' account off its list
 		s.hub.endIf(s.agentGone)
 	}
 	s.hub.apply(changes)
@@ -275,7 +275,7 @@ func (s *Server) agentGone(id string) error {
 	if !ok || a.Banned {
 		return goneError(a)
 	}
-	return nil
+	return s.accountAllowed(a)
 }
 
 // matching is entitled for the hub: the entries that would be issued by.
