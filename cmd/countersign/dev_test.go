@@ -254,7 +254,10 @@ func (s *session) startDev(flags ...string) {
 		s.t.Fatal(err)
 	}
 	dev := s.dev
-	s.t.Cleanup(func() { _ = dev.Process.Kill() })
+	s.t.Cleanup(func() {
+		_ = dev.Process.Kill()
+		_ = dev.Wait() // an error where stopDev has waited: what matters is that it writes no more
+	})
 	s.ready(s.health)
 	s.ready(s.agentHealth)
 }
