@@ -1,6 +1,5 @@
 // Command node is a node agent for measurements: package agent with callers that are made up, and nothing else that a
-// countersign-agent does not have. Each caller takes its SVID; as many as -streams says stay for updates, the others go.
-// It prints the seconds from before the node's attestation until the last caller had its SVID, and goes on until it is ended.
+// countersign-agent does not have. Each caller takes its SVID and stays for updates. It prints the seconds from before the node's attestation until the last caller had its SVID, and goes on until it is ended.
 package main
 
 import (
@@ -38,7 +37,6 @@ func run(ctx context.Context, args []string) error {
 	join := flags.String("join", "", "file of the join token")
 	tokens := flags.String("tokens", "", "folder of the callers' tokens, named 0, 1, 2 ...")
 	callers := flags.Int("callers", 1, "how many callers")
-	streams := flags.Int("streams", 1, "how many of them stay")
 	state := flags.String("state", "", "state folder")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -61,7 +59,7 @@ func run(ctx context.Context, args []string) error {
 	live := make(chan struct{}, *callers)
 	for i := range *callers {
 		g.Go(func() error {
-			err := call(ctx, a, filepath.Join(*tokens, strconv.Itoa(i)), i < *streams, live)
+			err := call(ctx, a, filepath.Join(*tokens, strconv.Itoa(i)), live)
 			if err != nil && ctx.Err() == nil {
 				return fmt.Errorf("caller %d: %w", i, err)
 			}
@@ -82,15 +80,8 @@ func run(ctx context.Context, args []string) error {
 }
 
 // call is one caller: it tells live when it has its SVID.
-func call(ctx context.Context, a *agent.Agent, token string, stay bool, live chan<- struct{}) error {
+func call(ctx context.Context, a *agent.Agent, token string, live chan<- struct{}) error {
 	attest := caller.Pod(filepath.Base(token), func() ([]byte, error) { return os.ReadFile(token) })
-	if !stay {
-		if _, err := a.Current(ctx, attest); err != nil {
-			return err
-		}
-		live <- struct{}{}
-		return nil
-	}
 	first := true
 	return a.Updates(ctx, attest, func(*identity.Update) error {
 		if first {
