@@ -298,6 +298,9 @@ func (s *Server) verify(ctx context.Context, who kind, token []byte) (*kube.Clai
 		}
 	}
 	claims, err := s.cfg.Pods.Verify(ctx, token)
+	if err != nil && !s.verifierCurrent() {
+		return nil, fmt.Errorf("%w: this member is taking up a change of the kube clusters: try again, or another member", identity.ErrUnavailable)
+	}
 	if err != nil && who != agent {
 		err = &withheld{err, "verifying the service account token: " + kube.Reason(err)}
 	}

@@ -3,7 +3,9 @@ package server
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -110,6 +112,34 @@ func idSuffix(c caller) string {
 // within it, a missing record means that this member is behind the one that attested the agent.
 const recordLag = 2 * time.Minute
 
+// backdate is how long before its issuance an SVID begins.
+const backdate = 10 * time.Second
+
+// evictions are the agents that were evicted within recordLag, so that they are told no at once and not "not yet".
+type evictions struct {
+	mu sync.Mutex
+	at map[string]time.Time // by agent ID
+}
+
+// add notes an eviction, and forgets those that recordLag covers no longer.
+func (e *evictions) add(id string, now time.Time) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.at == nil {
+		e.at = map[string]time.Time{}
+	}
+	maps.DeleteFunc(e.at, func(_ string, at time.Time) bool { return now.Sub(at) > recordLag })
+	e.at[id] = now
+}
+
+// after reports whether the agent was evicted after t: an SVID of later is of a new attestation that has yet to get here.
+func (e *evictions) after(id string, t time.Time) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	at, ok := e.at[id]
+	return ok && at.After(t)
+}
+
 // liveAgent returns the record of a connected agent: its SVID must still be valid, and it must be neither banned
 // nor evicted, and its service account still be allowed to have agents.
 func (s *Server) liveAgent(c caller) (*identity.Agent, error) {
@@ -119,7 +149,7 @@ func (s *Server) liveAgent(c caller) (*identity.Agent, error) {
 	}
 	a, ok := s.cfg.State.Agent(c.id.String())
 	switch {
-	case !ok && now.Sub(c.issued) < recordLag:
+	case !ok && now.Sub(c.issued) < recordLag && !s.evicted.after(c.id.String(), c.issued.Add(backdate)):
 		return nil, fmt.Errorf("%w: this member does not know agent %s yet: try again, or another member", identity.ErrUnavailable, c.id)
 	case !ok:
 		return nil, fmt.Errorf("%w: agent %s was evicted: it must attest again", identity.ErrDenied, c.id)

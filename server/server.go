@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -85,11 +86,14 @@ type Server struct {
 	// what strangers may cause of log lines: refusals, and faults of ours
 	refusals, faults *lineLimit
 
-	hub    *hub
-	health *health.Server
-	agents *grpc.Server
-	guests *grpc.Server
-	admin  *grpc.Server
+	hub     *hub
+	evicted evictions
+	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first
+	clusters atomic.Pointer[map[string]uint64]
+	health   *health.Server
+	agents   *grpc.Server
+	guests   *grpc.Server
+	admin    *grpc.Server
 }
 
 // New checks the configuration and starts nothing.
@@ -235,20 +239,50 @@ func (s *Server) changed(changes []identity.Change) {
 	for _, c := range changes {
 		reset = reset || c.Reset
 		bundle = bundle || c.Bundle || c.Reset
+		if c.AgentGone && c.Agent != nil {
+			s.evicted.add(c.Agent.ID, s.cfg.Now())
+		}
 		clusters = clusters || c.KubeCluster != "" || c.Reset
 	}
 	if bundle {
 		s.takeAuthorities()
 	}
 	if clusters {
-		if err := s.cfg.Pods.SetClusters(s.cfg.State.KubeClusters()); err != nil {
-			s.cfg.Log.Error("a kube cluster cannot be used as registered", "error", err)
-		}
+		s.takeClusters()
 	}
 	if reset || clusters { // a cluster may have taken the agents' account off its list
 		s.hub.endIf(s.agentGone)
 	}
 	s.hub.apply(changes)
+}
+
+// takeClusters gives the verifier the registered kube clusters.
+func (s *Server) takeClusters() {
+	all := s.cfg.State.KubeClusters()
+	if err := s.cfg.Pods.SetClusters(all); err != nil {
+		s.cfg.Log.Error("a kube cluster cannot be used as registered", "error", err)
+	}
+	taken := make(map[string]uint64, len(all))
+	for _, k := range all {
+		taken[k.Name] = k.Revision
+	}
+	s.clusters.Store(&taken)
+}
+
+// verifierCurrent reports whether the verifier has what the state has. The state is read before its watchers hear of it, at a
+// start by far: a token must not be refused for a cluster that is only about to be known, for a refusal ends an identity.
+func (s *Server) verifierCurrent() bool {
+	taken := s.clusters.Load()
+	all := s.cfg.State.KubeClusters()
+	if taken == nil || len(all) != len(*taken) {
+		return false
+	}
+	for _, k := range all {
+		if rev, ok := (*taken)[k.Name]; !ok || rev != k.Revision {
+			return false
+		}
+	}
+	return true
 }
 
 // takeAuthorities gives the CA the authorities to sign with. A state without any is one that is still being

@@ -64,7 +64,8 @@ func (w *world) openSync(t *testing.T, conn *grpc.ClientConn) *syncer {
 
 func (s *syncer) send(m *nodev1.SyncRequest) {
 	s.t.Helper()
-	if err := s.stream.Send(m); err != nil {
+	// EOF: the member has ended the stream; Recv says why.
+	if err := s.stream.Send(m); err != nil && !errors.Is(err, io.EOF) {
 		s.t.Fatal(err)
 	}
 }
@@ -305,11 +306,15 @@ func TestSyncEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	s2.wantEnd(codes.PermissionDenied, "evicted")
+	// At once, and not "not yet", though its SVID is new.
+	back := w.openSync(t, w.dial(t, cert2))
+	_, err := back.stream.Recv()
+	wantCode(t, err, codes.PermissionDenied, "evicted")
 	w.wantNothing(s3)
 	w.stale.Store(int64(2 * time.Hour))
 	s3.wantEnd(codes.Unavailable, "max_staleness")
 	again := w.openSync(t, w.dial(t, cert3))
-	_, err := again.stream.Recv()
+	_, err = again.stream.Recv()
 	wantCode(t, err, codes.Unavailable, "max_staleness")
 }
 
