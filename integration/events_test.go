@@ -55,6 +55,9 @@ func (e *eventLog) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 
+// seen is how many handshakes went well and how many SVIDs there were.
+func (e *eventLog) seen() (ok, svids int) { e.mu.Lock(); defer e.mu.Unlock(); return e.ok, e.svids }
+
 func (e *eventLog) failures() int    { e.mu.Lock(); defer e.mu.Unlock(); return e.bad }
 func (e *eventLog) errors() []string { e.mu.Lock(); defer e.mu.Unlock(); return e.errs }
 

@@ -55,9 +55,9 @@ func newFaults(t *testing.T) *faults {
 	f.client.wait(t, w.ctx, "handshakes", func(e *eventLog) bool { return e.ok >= 1 })
 	f.load = startLoad(w, f.agent)
 	t.Cleanup(func() {
-		server.mu.Lock()
-		defer server.mu.Unlock()
-		t.Logf("%d handshakes, %d SVIDs of the frontend, %d of the backend", f.client.ok, f.client.svids, server.svids)
+		handshakes, frontend := f.client.seen()
+		_, backend := server.seen()
+		t.Logf("%d handshakes, %d SVIDs of the frontend, %d of the backend", handshakes, frontend, backend)
 	})
 	return f
 }
