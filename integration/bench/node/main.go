@@ -1,5 +1,6 @@
 // Command node is a node agent for measurements: package agent with callers that are made up, and nothing else that a
-// countersign-agent does not have. Each caller takes its SVID and stays for updates. It prints the seconds from before the node's attestation until the last caller had its SVID, and goes on until it is ended.
+// countersign-agent does not have. Each caller takes its SVID and stays for updates. It prints the seconds from before the
+// node's attestation until the last caller had its SVID, and goes on until it is ended.
 package main
 
 import (
