@@ -86,6 +86,7 @@ type Agent struct {
 
 	link  link
 	cache cache
+	burst burst
 	// What waits for an SVID: pods, whose tokens a member may have to ask a slow API server about, and apart from them processes.
 	pods, processes issueQueue
 	jwts            *lru.Cache[jwtKey, jwtAnswer]
@@ -138,6 +139,7 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.link.init()
 	a.cache.init(a.state != nil)
+	a.burst.init()
 	a.pods.init()
 	a.processes.init()
 	return a, nil
@@ -181,6 +183,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.runLink(ctx) })
 	g.Go(func() error { return a.runTimers(ctx) })
+	g.Go(func() error { return a.runSettler(ctx) })
 	for range issueWorkers {
 		g.Go(func() error { return a.runIssuer(ctx, &a.pods) })
 		g.Go(func() error { return a.runIssuer(ctx, &a.processes) })

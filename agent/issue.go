@@ -106,6 +106,7 @@ func (a *Agent) finish(r *issueRequest, res *issued, err error) {
 		res = &issued{err: err}
 	}
 	clear(r.evidence.Token)
+	a.burst.answered()
 	a.cache.settle(r.w, r.f, r.cacheKey, res, time.Now())
 }
 
