@@ -10,7 +10,7 @@ import (
 const (
 	settleBurst  = 256             // answers that make a burst
 	settleQuiet  = 2 * time.Second // without an answer: the burst is over
-	settleRounds = 3               // each collection halves the stacks that the burst has grown
+	settleRounds = 5               // each collection halves the stacks that the burst has grown
 )
 
 // burst counts answers, to know when many came at once: a node that starts with thousands of workloads needs several times the
