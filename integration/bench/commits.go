@@ -191,7 +191,7 @@ func (s *stage) atSize(ctx context.Context, member int, conns []workloadv1.Workl
 		}
 	}
 	created, _, err := s.pushes(ctx, w, s.n(120, 30))
-	return spreadOf(costs).p50, spreadOf(ratios).p50, spreadOf(created).p50, err
+	return spreadOf(costs).p50, spreadOf(ratios).p50, spreadOf(created.stream).p50, err
 }
 
 // settle waits until the members have done what a load left behind, such as snapshots.
