@@ -155,7 +155,7 @@ func TestKubePodEnds(t *testing.T) {
 			}
 			deleted := time.Now()
 			k.delete(goes)
-			gone.wait(t, w.ctx, "PermissionDenied on the stream", func(l []string) bool { return contains(l, "PermissionDenied") })
+			gone.wait(t, w.ctx, "PermissionDenied on the stream", func(l []string) bool { return contains(l, "permission denied") })
 			took := time.Since(deleted)
 			t.Logf("the stream of a deleted pod ended after %v: %s", took.Round(time.Millisecond), gone.tail(1))
 			if took > f.within {
@@ -166,7 +166,7 @@ func TestKubePodEnds(t *testing.T) {
 			}
 			svids := count(here.all(), "serial")
 			here.wait(t, w.ctx, "the other pod's next SVID", func(l []string) bool { return count(l, "serial") > svids })
-			if contains(here.all(), "PermissionDenied") {
+			if contains(here.all(), "permission denied") {
 				t.Errorf("the other pod lost its identity meanwhile: %s", here.tail(5))
 			}
 		})

@@ -85,18 +85,18 @@ func TestPodsTokenReplaced(t *testing.T) {
 	in.put(k.token(p, "countersign"))
 	out.wait(t, w.ctx, "SVIDs by the renewed token", svids(3))
 	in.put(k.token(q, "countersign"))
-	out.wait(t, w.ctx, "the end, with another pod's token in place", func(l []string) bool { return contains(l, "PermissionDenied") })
+	out.wait(t, w.ctx, "the end, with another pod's token in place", func(l []string) bool { return contains(l, "permission denied") })
 	if contains(out.all(), "/sa/two") {
 		t.Errorf("the pod was taken for the other: %s", out.tail(5))
 	}
 	before := count(out.all(), "/ns/shop/sa/one ")
 	in.put(k.token(p, "countersign"))
 	out.wait(t, w.ctx, "an SVID again, with the pod's own token back", svids(before+1))
-	before = count(out.all(), "PermissionDenied")
+	before = count(out.all(), "permission denied")
 	if err := os.Remove(in.volume("token")); err != nil {
 		t.Fatal(err)
 	}
-	out.wait(t, w.ctx, "the end, without a token", func(l []string) bool { return count(l, "PermissionDenied") > before })
+	out.wait(t, w.ctx, "the end, without a token", func(l []string) bool { return count(l, "permission denied") > before })
 }
 
 // TestPodsRefused has everything in the token's place that must not be read, and callers that are not whom they seem.
