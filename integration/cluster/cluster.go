@@ -219,7 +219,7 @@ func StateDir(dir, name string) string {
 	if info, err := os.Stat(shm); err != nil || !info.IsDir() {
 		return "none"
 	}
-	return filepath.Join(shm, "countersign-"+filepath.Base(dir)+"-"+name)
+	return filepath.Join(shm, "countersign"+strings.ReplaceAll(dir, "/", "-")+"-"+name) // the whole path: two clusters may have folders of one name
 }
 
 // RestartAgent starts the agent's process again and waits until it is ready.
