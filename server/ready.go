@@ -24,6 +24,13 @@ func (s *Server) Ready() error {
 		}
 		return fmt.Errorf("%w: this member has not heard from a leader %s, longer than max_staleness (%v): it may have missed a ban; ask another member", identity.ErrUnavailable, since, s.cfg.MaxStaleness)
 	}
+	// At a start only: the state is fresh a moment before its watchers have taken up what it holds.
+	if !s.caughtUp.Load() {
+		if !s.verifierCurrent() {
+			return fmt.Errorf("%w: this member is taking up the kube clusters: try again, or another member", identity.ErrUnavailable)
+		}
+		s.caughtUp.Store(true)
+	}
 	return nil
 }
 

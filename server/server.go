@@ -90,6 +90,7 @@ type Server struct {
 	evicted evictions
 	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first
 	clusters atomic.Pointer[map[string]uint64]
+	caughtUp atomic.Bool // see Ready
 	health   *health.Server
 	agents   *grpc.Server
 	guests   *grpc.Server
