@@ -22,14 +22,18 @@ const module = "countersign.io/countersign"
 var house = map[string][]string{
 	"identity":         {},
 	"internal/durable": {},
-	"seal":             {"internal/durable"},
+	"internal/vault":   {},
+	"seal":             {"internal/durable", "internal/vault"},
 	"raft":             {"internal/durable"},
 	"config":           {"identity"},
 	"api":              {"identity"},
 	"store":            {"identity", "raft", "internal/durable"},
 	"ca":               {"identity"},
+	"ca/upstream":      {"identity", "api", "internal/vault"},
+	"audit":            {"identity", "internal/durable"},
+	"backup":           {"identity", "seal", "internal/durable"},
 	"attestor":         {"identity"},
-	"server":           {"identity", "api", "ca", "attestor"},
+	"server":           {"identity", "api", "ca", "attestor", "audit"},
 	"agent":            {"identity", "api", "attestor", "internal/durable"},
 	"workloadapi":      {"identity", "attestor"},
 	"cmd":              {"*"},
@@ -37,7 +41,7 @@ var house = map[string][]string{
 }
 
 // agentMustNotLink is what the node agent must never carry: what it does not link, it cannot do, and need not keep in memory.
-var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server"}
+var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server", "audit", "backup", "internal/vault"}
 
 type source struct {
 	path string // slash-separated, from the root

@@ -26,84 +26,10 @@ const Version = 1
 // maxFile bounds what is read: a configuration is a page, not a megabyte.
 const maxFile = 1 << 20
 
-// Server is the configuration of a member.
-type Server struct {
-	Version     int    `yaml:"version"`      // of this file's format
-	TrustDomain string `yaml:"trust_domain"` // needed; such as example.org
-	Name        string `yaml:"name"`         // of the member, unique in the cluster, part of its SPIFFE ID; fixed once it has data
-	DataDir     string `yaml:"data_dir"`     // everything the member keeps; it must be its own alone (0700)
-	Listen      string `yaml:"listen"`       // the one TLS port for members, agents and agentless pods
-	Advertise   string `yaml:"advertise"`    // host:port by which the others reach it
-	AdminSocket string `yaml:"admin_socket"` // for operators on this machine: root and the member's own user
-	Health      string `yaml:"health"`       // host:port of /live and /ready, plain HTTP
-	// a file with the output of "countersign token create --server"; without it, and without data, the member begins a new cluster
-	JoinTokenFile string        `yaml:"join_token_file"`
-	X509TTL       time.Duration `yaml:"x509_ttl"`      // lifetime of X.509-SVIDs whose entry names none, 5s to 24h
-	JWTTTL        time.Duration `yaml:"jwt_ttl"`       // lifetime of JWT-SVIDs whose entry names none, 5s to 24h
-	MaxStaleness  time.Duration `yaml:"max_staleness"` // how long the member issues without hearing from a leader; default x509_ttl
-	CA            CA            `yaml:"ca"`
-	X509Pop       X509Pop       `yaml:"x509pop"`
-	Log           Log           `yaml:"log"`
-}
-
-// CA sets how the first authorities are made; it changes nothing once they are.
-type CA struct {
-	TTL          time.Duration `yaml:"ttl"`           // lifetime of the authorities that the cluster makes for itself
-	JWTAlgorithm string        `yaml:"jwt_algorithm"` // ES256 or RS256
-}
-
-// X509Pop lets agents attest with certificates of an existing PKI.
-type X509Pop struct {
-	CAFile      string `yaml:"ca_file"`      // PEM certificates of the PKI by which agents may attest; empty: none may
-	KubeCluster string `yaml:"kube_cluster"` // then the certificate's common name is the agent's node in this cluster
-}
-
 // Log sets the log on standard error.
 type Log struct {
 	Level  string `yaml:"level"`  // debug, info, warn or error
 	Format string `yaml:"format"` // text or json, on standard error
-}
-
-// Agent is the configuration of a node agent.
-type Agent struct {
-	Version     int      `yaml:"version"`      // of this file's format
-	TrustDomain string   `yaml:"trust_domain"` // needed, but with a join token
-	Servers     []string `yaml:"servers"`      // host:port of members, one at least; the others are learnt. A join token brings its own
-	CAPin       string   `yaml:"ca_pin"`       // sha256:HEX of the CA's public key, from "countersign bundle show". A join token brings its own
-
-	Attest   AgentAttest   `yaml:"attest"`
-	Socket   string        `yaml:"socket"`    // the Workload API
-	StateDir string        `yaml:"state_dir"` // keeps live SVIDs over a restart; it must be on tmpfs; "none" switches it off
-	Health   string        `yaml:"health"`    // host:port of /live and /ready, plain HTTP
-	KeyType  string        `yaml:"key_type"`  // of workloads' keys: ec-p256, ec-p384, ed25519 or rsa-2048
-	Workload AgentWorkload `yaml:"workload"`
-	Log      Log           `yaml:"log"`
-}
-
-// AgentAttest is how the agent proves its node: exactly one kind.
-type AgentAttest struct {
-	JoinTokenFile string      `yaml:"join_token_file"` // a file with the output of "countersign token create --agent"
-	Kube          *AgentKube  `yaml:"kube"`
-	X509Pop       *AgentCerts `yaml:"x509pop"`
-}
-
-// AgentKube attests with the agent pod's own service account token.
-type AgentKube struct {
-	Cluster   string `yaml:"cluster"`    // the name given to "countersign kube add"
-	TokenPath string `yaml:"token_path"` // of the agent pod's own token
-}
-
-// AgentCerts attests with a certificate and proof of its key.
-type AgentCerts struct {
-	CertFile string `yaml:"cert_file"` // PEM, leaf first
-	KeyFile  string `yaml:"key_file"`  // PEM, 0600
-}
-
-// AgentWorkload is how callers are told apart.
-type AgentWorkload struct {
-	TokenPath string `yaml:"token_path"` // of a pod's token, as the pod sees it
-	SHA256    bool   `yaml:"sha256"`     // also hash each caller's binary (unix:sha256)
-	Systemd   bool   `yaml:"systemd"`    // also tell each caller's systemd unit (systemd:unit)
 }
 
 // The defaults that more than one command needs.
@@ -199,41 +125,6 @@ func report(name string, faults ...error) error {
 	return nil
 }
 
-func (c *Server) complete() {
-	host, _ := os.Hostname()
-	def(&c.Name, strings.ToLower(host))
-	def(&c.DataDir, DefaultDataDir)
-	def(&c.Listen, "0.0.0.0:"+DefaultPort)
-	if c.Advertise == "" {
-		if h, p, err := net.SplitHostPort(c.Listen); err == nil {
-			if ip := net.ParseIP(h); h == "" || ip != nil && ip.IsUnspecified() {
-				h = host
-			}
-			c.Advertise = net.JoinHostPort(h, p)
-		}
-	}
-	def(&c.AdminSocket, DefaultAdminSocket)
-	def(&c.Health, "127.0.0.1:8080")
-	defDuration(&c.X509TTL, identity.DefaultX509TTL)
-	defDuration(&c.JWTTTL, identity.DefaultJWTTL)
-	defDuration(&c.MaxStaleness, c.X509TTL)
-	defDuration(&c.CA.TTL, 365*24*time.Hour)
-	def(&c.CA.JWTAlgorithm, "ES256")
-	c.Log.complete()
-}
-
-func (c *Agent) complete() {
-	def(&c.Socket, DefaultAgentSocket)
-	def(&c.StateDir, DefaultStateDir)
-	def(&c.Health, "127.0.0.1:8081")
-	def(&c.KeyType, "ec-p256")
-	def(&c.Workload.TokenPath, DefaultTokenPath)
-	if c.Attest.Kube != nil {
-		def(&c.Attest.Kube.TokenPath, DefaultTokenPath)
-	}
-	c.Log.complete()
-}
-
 func (l *Log) complete() { def(&l.Level, "info"); def(&l.Format, "text") }
 
 func def(s *string, v string) {
@@ -253,83 +144,6 @@ type faults struct{ errs []error }
 
 func (f *faults) add(format string, args ...any) {
 	f.errs = append(f.errs, fmt.Errorf("%w: "+format, append([]any{identity.ErrInvalid}, args...)...))
-}
-
-// Check reports every fault of a member's values, joined.
-func (c *Server) Check() error {
-	var f faults
-	f.version(c.Version)
-	f.trustDomain(c.TrustDomain, true)
-	if err := spiffeid.ValidatePathSegment(c.Name); err != nil {
-		f.add("name %q: a member's name is part of its SPIFFE ID: %v", c.Name, err)
-	}
-	f.absolute("data_dir", c.DataDir)
-	f.absolute("admin_socket", c.AdminSocket)
-	f.address("listen", c.Listen)
-	f.address("advertise", c.Advertise)
-	if h, _, err := net.SplitHostPort(c.Advertise); err == nil {
-		if ip := net.ParseIP(h); ip != nil && ip.IsUnspecified() {
-			f.add("advertise %q: the others cannot reach an unspecified address; name one", c.Advertise)
-		}
-	}
-	f.address("health", c.Health)
-	f.ttl("x509_ttl", c.X509TTL, identity.MinTTL, identity.MaxX509TTL)
-	f.ttl("jwt_ttl", c.JWTTTL, identity.MinTTL, identity.MaxJWTTL)
-	f.ttl("max_staleness", c.MaxStaleness, time.Second, 7*24*time.Hour)
-	f.ttl("ca.ttl", c.CA.TTL, time.Hour, 10*365*24*time.Hour)
-	if c.CA.JWTAlgorithm != "ES256" && c.CA.JWTAlgorithm != "RS256" {
-		f.add("ca.jwt_algorithm %q: want ES256 or RS256", c.CA.JWTAlgorithm)
-	}
-	if c.X509Pop.CAFile == "" && c.X509Pop.KubeCluster != "" {
-		f.add("x509pop.kube_cluster without x509pop.ca_file")
-	}
-	f.log(c.Log)
-	return errors.Join(f.errs...)
-}
-
-// Check reports every fault of an agent's values, joined.
-func (c *Agent) Check() error {
-	var f faults
-	f.version(c.Version)
-	join := c.Attest.JoinTokenFile != ""
-	f.trustDomain(c.TrustDomain, !join)
-	kinds := 0
-	for _, set := range []bool{join, c.Attest.Kube != nil, c.Attest.X509Pop != nil} {
-		if set {
-			kinds++
-		}
-	}
-	if kinds != 1 {
-		f.add("attest: name exactly one of join_token_file, kube, x509pop (%d are set)", kinds)
-	}
-	if k := c.Attest.Kube; k != nil && k.Cluster == "" {
-		f.add("attest.kube.cluster is missing: the name given to countersign kube add")
-	}
-	if x := c.Attest.X509Pop; x != nil && (x.CertFile == "" || x.KeyFile == "") {
-		f.add("attest.x509pop: cert_file and key_file are both needed")
-	}
-	if !join && len(c.Servers) == 0 {
-		f.add("servers is empty: name at least one member, host:port")
-	}
-	for _, s := range c.Servers {
-		f.address("servers", s)
-	}
-	if !join && c.CAPin == "" {
-		f.add("ca_pin is missing: countersign bundle show prints it")
-	}
-	f.absolute("socket", c.Socket)
-	if c.StateDir != "none" {
-		f.absolute("state_dir", c.StateDir)
-	}
-	f.address("health", c.Health)
-	switch c.KeyType {
-	case "ec-p256", "ec-p384", "ed25519", "rsa-2048":
-	default:
-		f.add("key_type %q: want ec-p256, ec-p384, ed25519 or rsa-2048", c.KeyType)
-	}
-	f.absolute("workload.token_path", c.Workload.TokenPath)
-	f.log(c.Log)
-	return errors.Join(f.errs...)
 }
 
 func (f *faults) version(v int) {

@@ -156,12 +156,8 @@ func TestDocumentation(t *testing.T) {
 var _ = flag.Bool("update", false, "write docs/CONFIG.md anew")
 
 func document(t *testing.T) string {
-	file, err := parser.ParseFile(token.NewFileSet(), "config.go", nil, parser.ParseComments)
-	if err != nil {
-		t.Fatal(err)
-	}
 	comments := map[string]string{} // Type.Field -> comment
-	ast.Inspect(file, func(n ast.Node) bool {
+	inspect := func(n ast.Node) bool {
 		ts, ok := n.(*ast.TypeSpec)
 		if !ok {
 			return true
@@ -174,9 +170,16 @@ func document(t *testing.T) string {
 			}
 		}
 		return true
-	})
+	}
+	for _, name := range []string{"config.go", "server.go", "agent.go"} {
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, inspect)
+	}
 	var b strings.Builder
-	b.WriteString("# Configuration\n\nGenerated from the comments in config/config.go (`go test ./config -update`). Every field has a default unless it says so in its description or is\n`version`, `trust_domain`. Durations are written as `1h30m`. An unknown field is an error.\n")
+	b.WriteString("# Configuration\n\nGenerated from the comments in config/ (`go test ./config -update`). Every field has a default unless it says so in its description or is\n`version`, `trust_domain`. Durations are written as `1h30m`. An unknown field is an error.\n")
 	s, _ := ParseServer("", []byte("version: 1\nname: HOSTNAME\nadvertise: HOSTNAME:8443\n"))
 	a, _ := ParseAgent("", []byte("version: 1\nattest: {kube: {}, x509pop: {}}\n"))
 	b.WriteString("\n## `countersign server run -c FILE`\n\n| field | default | |\n| --- | --- | --- |\n")
@@ -191,10 +194,17 @@ func fields(b *strings.Builder, prefix string, v reflect.Value, comments map[str
 		f, x := v.Type().Field(i), v.Field(i)
 		name := prefix + f.Tag.Get("yaml")
 		if x.Kind() == reflect.Pointer {
+			if x.IsNil() {
+				x = reflect.New(x.Type().Elem())
+			}
 			x = x.Elem()
 		}
 		if x.Kind() == reflect.Struct {
-			fields(b, name+".", x, comments)
+			if strings.HasSuffix(name, ",inline") {
+				fields(b, prefix, x, comments)
+			} else {
+				fields(b, name+".", x, comments)
+			}
 			continue
 		}
 		def := fmt.Sprint(x.Interface())

@@ -79,9 +79,12 @@ type Entry struct {
 	Hint          string        `json:"hint,omitempty"`
 	FederatesWith []string      `json:"federates_with,omitempty"` // trust domain names
 	Admin         bool          `json:"admin,omitempty"`
-	ExpiresAt     time.Time     `json:"expires_at,omitzero"`
-	CreatedAt     time.Time     `json:"created_at,omitzero"`
-	Revision      uint64        `json:"revision,omitempty"` // of the last change
+	// Downstream: whoever has this identity may ask for a certificate authority below ours, as a CA cluster of the same
+	// trust domain does. Its SPIFFE ID has no placeholders.
+	Downstream bool      `json:"downstream,omitempty"`
+	ExpiresAt  time.Time `json:"expires_at,omitzero"`
+	CreatedAt  time.Time `json:"created_at,omitzero"`
+	Revision   uint64    `json:"revision,omitempty"` // of the last change
 }
 
 // Expired reports whether the entry has ended at now.
@@ -177,10 +180,58 @@ type Authority struct {
 	State     AuthorityState `json:"state"`
 	Cert      []byte         `json:"cert,omitempty"` // x509: DER, self-signed
 	PublicKey []byte         `json:"public_key"`     // PKIX DER
-	SealedKey []byte         `json:"sealed_key"`     // PKCS #8 DER, sealed; see AuthorityAD
+	SealedKey []byte         `json:"sealed_key"`     // PKCS #8 DER, sealed; see AuthorityAD. Empty: the key is at KeyURI
 	NotBefore time.Time      `json:"not_before"`
 	NotAfter  time.Time      `json:"not_after"`
 	Revision  uint64         `json:"revision,omitempty"`
+
+	// KeyURI names the key in a KMS or an HSM that every member can use, without a PIN or any other secret.
+	KeyURI string `json:"key_uri,omitempty"`
+	// Of an x509 authority below an upstream: what leads from Cert to the upstream's roots, without them (DER), and
+	// those roots (DER), which are in the bundle instead of Cert. Upstream says whose it is, for operators.
+	Chain    [][]byte `json:"chain,omitempty"`
+	Roots    [][]byte `json:"roots,omitempty"`
+	Upstream string   `json:"upstream,omitempty"`
+}
+
+// JWTKey is a JWT key of the same trust domain that another of its clusters signs with: one above ours, or below.
+type JWTKey struct {
+	ID        string    `json:"id"`         // the kid
+	PublicKey []byte    `json:"public_key"` // PKIX DER
+	NotAfter  time.Time `json:"not_after"`
+}
+
+// Foreign is what the bundle has from another cluster of the same trust domain, by source: "upstream", or the SPIFFE ID
+// of a cluster below.
+type Foreign struct {
+	Source   string   `json:"source"`
+	X509     [][]byte `json:"x509,omitempty"` // DER roots; only an upstream's
+	JWT      []JWTKey `json:"jwt,omitempty"`
+	Revision uint64   `json:"revision,omitempty"`
+}
+
+// SourceUpstream is the Source of what the cluster above vouches for.
+const SourceUpstream = "upstream"
+
+// SealState is where a data key of the seal stands.
+type SealState string
+
+// The states in order. A pending key seals nothing: the members fetch it. The active one seals; there is one. Retired
+// ones still open what was sealed under them.
+const (
+	SealPending SealState = "pending"
+	SealActive  SealState = "active"
+	SealRetired SealState = "retired"
+)
+
+// SealTerm is what the cluster remembers of a data key of the seal: never the key.
+type SealTerm struct {
+	Number    uint32    `json:"number"`
+	KeyID     []byte    `json:"key_id"` // see seal.Keyring.KeyID
+	State     SealState `json:"state"`
+	Holders   []string  `json:"holders,omitempty"` // members that said, while it was pending, that they keep it; sorted
+	CreatedAt time.Time `json:"created_at"`
+	Revision  uint64    `json:"revision,omitempty"`
 }
 
 // AuthorityAD is the additional data that binds a sealed authority key to its place, so that ciphertext
@@ -257,6 +308,8 @@ type Change struct {
 	AgentGone bool
 	// KubeCluster is the name of one that was put or deleted.
 	KubeCluster string
-	Bundle      bool // authorities, and so the bundle, changed
+	Bundle      bool // authorities, or what other clusters of the trust domain publish, and so the bundle, changed
 	Members     bool
+	Seal        bool // the seal's terms changed
+	Level       bool // what commands the members may propose changed
 }

@@ -26,6 +26,467 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type ClusterStatusResponse struct {
+	state            protoimpl.MessageState          `protogen:"open.v1"`
+	TrustDomain      string                          `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	LeaderId         string                          `protobuf:"bytes,2,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
+	Level            uint32                          `protobuf:"varint,3,opt,name=level,proto3" json:"level,omitempty"`                                               // what commands the members may propose
+	FailureTolerance uint32                          `protobuf:"varint,4,opt,name=failure_tolerance,json=failureTolerance,proto3" json:"failure_tolerance,omitempty"` // how many voters may fail and a leader is still elected
+	Members          []*ClusterStatusResponse_Member `protobuf:"bytes,5,rep,name=members,proto3" json:"members,omitempty"`
+	Healthy          bool                            `protobuf:"varint,6,opt,name=healthy,proto3" json:"healthy,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ClusterStatusResponse) Reset() {
+	*x = ClusterStatusResponse{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClusterStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClusterStatusResponse) ProtoMessage() {}
+
+func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClusterStatusResponse.ProtoReflect.Descriptor instead.
+func (*ClusterStatusResponse) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ClusterStatusResponse) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *ClusterStatusResponse) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
+	}
+	return ""
+}
+
+func (x *ClusterStatusResponse) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse) GetFailureTolerance() uint32 {
+	if x != nil {
+		return x.FailureTolerance
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse) GetMembers() []*ClusterStatusResponse_Member {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *ClusterStatusResponse) GetHealthy() bool {
+	if x != nil {
+		return x.Healthy
+	}
+	return false
+}
+
+type ListAuthoritiesResponse struct {
+	state         protoimpl.MessageState               `protogen:"open.v1"`
+	Authorities   []*ListAuthoritiesResponse_Authority `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesResponse) Reset() {
+	*x = ListAuthoritiesResponse{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesResponse) ProtoMessage() {}
+
+func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ListAuthoritiesResponse) GetAuthorities() []*ListAuthoritiesResponse_Authority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+type SealStatusResponse struct {
+	state         protoimpl.MessageState       `protogen:"open.v1"`
+	Terms         []*SealStatusResponse_Term   `protobuf:"bytes,1,rep,name=terms,proto3" json:"terms,omitempty"`
+	Members       []*SealStatusResponse_Member `protobuf:"bytes,2,rep,name=members,proto3" json:"members,omitempty"`
+	Values        uint64                       `protobuf:"varint,3,opt,name=values,proto3" json:"values,omitempty"`                        // sealed values in the state
+	ValuesOld     uint64                       `protobuf:"varint,4,opt,name=values_old,json=valuesOld,proto3" json:"values_old,omitempty"` // of them, under a data key that is not the active one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealStatusResponse) Reset() {
+	*x = SealStatusResponse{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealStatusResponse) ProtoMessage() {}
+
+func (x *SealStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealStatusResponse.ProtoReflect.Descriptor instead.
+func (*SealStatusResponse) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SealStatusResponse) GetTerms() []*SealStatusResponse_Term {
+	if x != nil {
+		return x.Terms
+	}
+	return nil
+}
+
+func (x *SealStatusResponse) GetMembers() []*SealStatusResponse_Member {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *SealStatusResponse) GetValues() uint64 {
+	if x != nil {
+		return x.Values
+	}
+	return 0
+}
+
+func (x *SealStatusResponse) GetValuesOld() uint64 {
+	if x != nil {
+		return x.ValuesOld
+	}
+	return 0
+}
+
+type SealProgress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Phase         string                 `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"` // distribute, activate, reseal, retire, rewrap, done
+	Detail        string                 `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	Done          uint64                 `protobuf:"varint,3,opt,name=done,proto3" json:"done,omitempty"`
+	Total         uint64                 `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`                            // 0: not known
+	WaitingFor    []string               `protobuf:"bytes,5,rep,name=waiting_for,json=waitingFor,proto3" json:"waiting_for,omitempty"` // members
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealProgress) Reset() {
+	*x = SealProgress{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealProgress) ProtoMessage() {}
+
+func (x *SealProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealProgress.ProtoReflect.Descriptor instead.
+func (*SealProgress) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *SealProgress) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *SealProgress) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *SealProgress) GetDone() uint64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *SealProgress) GetTotal() uint64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *SealProgress) GetWaitingFor() []string {
+	if x != nil {
+		return x.WaitingFor
+	}
+	return nil
+}
+
+type BackupChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupChunk) Reset() {
+	*x = BackupChunk{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupChunk) ProtoMessage() {}
+
+func (x *BackupChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
+func (*BackupChunk) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *BackupChunk) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+// AuditQuery selects records. What is empty selects all.
+type AuditQuery struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	Until         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"`
+	Actions       []string               `protobuf:"bytes,3,rep,name=actions,proto3" json:"actions,omitempty"`
+	Outcome       string                 `protobuf:"bytes,4,opt,name=outcome,proto3" json:"outcome,omitempty"`
+	Who           string                 `protobuf:"bytes,5,opt,name=who,proto3" json:"who,omitempty"`         // a part of the SPIFFE ID, uid or address of who did it
+	Subject       string                 `protobuf:"bytes,6,opt,name=subject,proto3" json:"subject,omitempty"` // a part of what it was done to
+	Follow        bool                   `protobuf:"varint,7,opt,name=follow,proto3" json:"follow,omitempty"`
+	Tail          uint32                 `protobuf:"varint,8,opt,name=tail,proto3" json:"tail,omitempty"` // only the newest so many; 0: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditQuery) Reset() {
+	*x = AuditQuery{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditQuery) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditQuery) ProtoMessage() {}
+
+func (x *AuditQuery) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditQuery.ProtoReflect.Descriptor instead.
+func (*AuditQuery) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AuditQuery) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *AuditQuery) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *AuditQuery) GetActions() []string {
+	if x != nil {
+		return x.Actions
+	}
+	return nil
+}
+
+func (x *AuditQuery) GetOutcome() string {
+	if x != nil {
+		return x.Outcome
+	}
+	return ""
+}
+
+func (x *AuditQuery) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *AuditQuery) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *AuditQuery) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *AuditQuery) GetTail() uint32 {
+	if x != nil {
+		return x.Tail
+	}
+	return 0
+}
+
+type AuditRecords struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lines         []string               `protobuf:"bytes,1,rep,name=lines,proto3" json:"lines,omitempty"` // as in the file
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditRecords) Reset() {
+	*x = AuditRecords{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditRecords) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditRecords) ProtoMessage() {}
+
+func (x *AuditRecords) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditRecords.ProtoReflect.Descriptor instead.
+func (*AuditRecords) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AuditRecords) GetLines() []string {
+	if x != nil {
+		return x.Lines
+	}
+	return nil
+}
+
 type Empty struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -34,7 +495,7 @@ type Empty struct {
 
 func (x *Empty) Reset() {
 	*x = Empty{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[0]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -46,7 +507,7 @@ func (x *Empty) String() string {
 func (*Empty) ProtoMessage() {}
 
 func (x *Empty) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[0]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -59,7 +520,7 @@ func (x *Empty) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Empty.ProtoReflect.Descriptor instead.
 func (*Empty) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{0}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 type NameRequest struct {
@@ -71,7 +532,7 @@ type NameRequest struct {
 
 func (x *NameRequest) Reset() {
 	*x = NameRequest{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[1]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -83,7 +544,7 @@ func (x *NameRequest) String() string {
 func (*NameRequest) ProtoMessage() {}
 
 func (x *NameRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[1]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -96,7 +557,7 @@ func (x *NameRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NameRequest.ProtoReflect.Descriptor instead.
 func (*NameRequest) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{1}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NameRequest) GetName() string {
@@ -116,7 +577,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -128,7 +589,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -141,7 +602,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListRequest) GetPageSize() uint32 {
@@ -170,7 +631,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -182,7 +643,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -195,7 +656,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateTokenRequest) GetPurpose() string {
@@ -236,7 +697,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -248,7 +709,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -261,7 +722,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -299,7 +760,7 @@ type KubeCluster struct {
 
 func (x *KubeCluster) Reset() {
 	*x = KubeCluster{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -311,7 +772,7 @@ func (x *KubeCluster) String() string {
 func (*KubeCluster) ProtoMessage() {}
 
 func (x *KubeCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -324,7 +785,7 @@ func (x *KubeCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KubeCluster.ProtoReflect.Descriptor instead.
 func (*KubeCluster) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *KubeCluster) GetName() string {
@@ -428,7 +889,7 @@ type ListKubeClustersResponse struct {
 
 func (x *ListKubeClustersResponse) Reset() {
 	*x = ListKubeClustersResponse{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -440,7 +901,7 @@ func (x *ListKubeClustersResponse) String() string {
 func (*ListKubeClustersResponse) ProtoMessage() {}
 
 func (x *ListKubeClustersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -453,7 +914,7 @@ func (x *ListKubeClustersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKubeClustersResponse.ProtoReflect.Descriptor instead.
 func (*ListKubeClustersResponse) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListKubeClustersResponse) GetKubeClusters() []*KubeCluster {
@@ -472,7 +933,7 @@ func (x *ListKubeClustersResponse) GetNextPageToken() string {
 
 type Entry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // empty on create: made by the server
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // empty on create: the server makes it
 	Selectors     []string               `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	SpiffeId      string                 `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
 	X509Ttl       *durationpb.Duration   `protobuf:"bytes,4,opt,name=x509_ttl,json=x509Ttl,proto3" json:"x509_ttl,omitempty"`
@@ -484,13 +945,14 @@ type Entry struct {
 	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	Revision      uint64                 `protobuf:"varint,12,opt,name=revision,proto3" json:"revision,omitempty"` // on update: the revision that was read, or 0 for any
+	Downstream    bool                   `protobuf:"varint,13,opt,name=downstream,proto3" json:"downstream,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -502,7 +964,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -515,7 +977,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Entry) GetId() string {
@@ -602,6 +1064,13 @@ func (x *Entry) GetRevision() uint64 {
 	return 0
 }
 
+func (x *Entry) GetDownstream() bool {
+	if x != nil {
+		return x.Downstream
+	}
+	return false
+}
+
 type ListEntriesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Entries       []*Entry               `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
@@ -612,7 +1081,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +1093,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +1106,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*Entry {
@@ -675,7 +1144,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +1156,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +1169,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Agent) GetId() string {
@@ -804,7 +1273,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +1285,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +1298,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*Agent {
@@ -856,7 +1325,7 @@ type BundleResponse struct {
 
 func (x *BundleResponse) Reset() {
 	*x = BundleResponse{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -868,7 +1337,7 @@ func (x *BundleResponse) String() string {
 func (*BundleResponse) ProtoMessage() {}
 
 func (x *BundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -881,7 +1350,7 @@ func (x *BundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleResponse.ProtoReflect.Descriptor instead.
 func (*BundleResponse) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *BundleResponse) GetBundle() *v1.Bundle {
@@ -917,7 +1386,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +1398,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +1411,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StatusResponse) GetTrustDomain() string {
@@ -1022,6 +1491,422 @@ func (x *StatusResponse) GetStaleness() *durationpb.Duration {
 	return nil
 }
 
+type ClusterStatusResponse_Member struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Id                string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Address           string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Voter             bool                   `protobuf:"varint,3,opt,name=voter,proto3" json:"voter,omitempty"`
+	Leader            bool                   `protobuf:"varint,4,opt,name=leader,proto3" json:"leader,omitempty"`
+	Healthy           bool                   `protobuf:"varint,5,opt,name=healthy,proto3" json:"healthy,omitempty"`
+	UnhealthyBecause  string                 `protobuf:"bytes,6,opt,name=unhealthy_because,json=unhealthyBecause,proto3" json:"unhealthy_because,omitempty"`
+	LastContact       *durationpb.Duration   `protobuf:"bytes,7,opt,name=last_contact,json=lastContact,proto3" json:"last_contact,omitempty"` // since this member heard it, or, of the leader, since the leader was heard
+	AppliedIndex      uint64                 `protobuf:"varint,8,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	Lag               uint64                 `protobuf:"varint,9,opt,name=lag,proto3" json:"lag,omitempty"` // log entries behind the leader's commit index
+	Version           string                 `protobuf:"bytes,10,opt,name=version,proto3" json:"version,omitempty"`
+	Level             uint32                 `protobuf:"varint,11,opt,name=level,proto3" json:"level,omitempty"`                       // the highest that its version knows
+	DiskFree          uint64                 `protobuf:"varint,12,opt,name=disk_free,json=diskFree,proto3" json:"disk_free,omitempty"` // bytes, where its data is
+	DiskTotal         uint64                 `protobuf:"varint,13,opt,name=disk_total,json=diskTotal,proto3" json:"disk_total,omitempty"`
+	Issuing           bool                   `protobuf:"varint,14,opt,name=issuing,proto3" json:"issuing,omitempty"`
+	NotIssuingBecause string                 `protobuf:"bytes,15,opt,name=not_issuing_because,json=notIssuingBecause,proto3" json:"not_issuing_because,omitempty"`
+	StartedAt         *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *ClusterStatusResponse_Member) Reset() {
+	*x = ClusterStatusResponse_Member{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClusterStatusResponse_Member) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClusterStatusResponse_Member) ProtoMessage() {}
+
+func (x *ClusterStatusResponse_Member) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClusterStatusResponse_Member.ProtoReflect.Descriptor instead.
+func (*ClusterStatusResponse_Member) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{0, 0}
+}
+
+func (x *ClusterStatusResponse_Member) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ClusterStatusResponse_Member) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *ClusterStatusResponse_Member) GetVoter() bool {
+	if x != nil {
+		return x.Voter
+	}
+	return false
+}
+
+func (x *ClusterStatusResponse_Member) GetLeader() bool {
+	if x != nil {
+		return x.Leader
+	}
+	return false
+}
+
+func (x *ClusterStatusResponse_Member) GetHealthy() bool {
+	if x != nil {
+		return x.Healthy
+	}
+	return false
+}
+
+func (x *ClusterStatusResponse_Member) GetUnhealthyBecause() string {
+	if x != nil {
+		return x.UnhealthyBecause
+	}
+	return ""
+}
+
+func (x *ClusterStatusResponse_Member) GetLastContact() *durationpb.Duration {
+	if x != nil {
+		return x.LastContact
+	}
+	return nil
+}
+
+func (x *ClusterStatusResponse_Member) GetAppliedIndex() uint64 {
+	if x != nil {
+		return x.AppliedIndex
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse_Member) GetLag() uint64 {
+	if x != nil {
+		return x.Lag
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse_Member) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *ClusterStatusResponse_Member) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse_Member) GetDiskFree() uint64 {
+	if x != nil {
+		return x.DiskFree
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse_Member) GetDiskTotal() uint64 {
+	if x != nil {
+		return x.DiskTotal
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse_Member) GetIssuing() bool {
+	if x != nil {
+		return x.Issuing
+	}
+	return false
+}
+
+func (x *ClusterStatusResponse_Member) GetNotIssuingBecause() string {
+	if x != nil {
+		return x.NotIssuingBecause
+	}
+	return ""
+}
+
+func (x *ClusterStatusResponse_Member) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+type ListAuthoritiesResponse_Authority struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	Key           string                 `protobuf:"bytes,6,opt,name=key,proto3" json:"key,omitempty"`                            // "sealed", or the URI of the KMS or HSM key
+	SealTerm      uint32                 `protobuf:"varint,7,opt,name=seal_term,json=sealTerm,proto3" json:"seal_term,omitempty"` // of a sealed key
+	Upstream      string                 `protobuf:"bytes,8,opt,name=upstream,proto3" json:"upstream,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesResponse_Authority) Reset() {
+	*x = ListAuthoritiesResponse_Authority{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesResponse_Authority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesResponse_Authority) ProtoMessage() {}
+
+func (x *ListAuthoritiesResponse_Authority) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesResponse_Authority.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesResponse_Authority) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{1, 0}
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetSealTerm() uint32 {
+	if x != nil {
+		return x.SealTerm
+	}
+	return 0
+}
+
+func (x *ListAuthoritiesResponse_Authority) GetUpstream() string {
+	if x != nil {
+		return x.Upstream
+	}
+	return ""
+}
+
+type SealStatusResponse_Term struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint32                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	KeyId         string                 `protobuf:"bytes,2,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"` // hex
+	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	Holders       []string               `protobuf:"bytes,4,rep,name=holders,proto3" json:"holders,omitempty"`
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	Values        uint64                 `protobuf:"varint,6,opt,name=values,proto3" json:"values,omitempty"` // sealed under it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealStatusResponse_Term) Reset() {
+	*x = SealStatusResponse_Term{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealStatusResponse_Term) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealStatusResponse_Term) ProtoMessage() {}
+
+func (x *SealStatusResponse_Term) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealStatusResponse_Term.ProtoReflect.Descriptor instead.
+func (*SealStatusResponse_Term) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{2, 0}
+}
+
+func (x *SealStatusResponse_Term) GetNumber() uint32 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *SealStatusResponse_Term) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *SealStatusResponse_Term) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *SealStatusResponse_Term) GetHolders() []string {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+func (x *SealStatusResponse_Term) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+func (x *SealStatusResponse_Term) GetValues() uint64 {
+	if x != nil {
+		return x.Values
+	}
+	return 0
+}
+
+type SealStatusResponse_Member struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kek           string                 `protobuf:"bytes,2,opt,name=kek,proto3" json:"kek,omitempty"`             // the URI of its key-encryption key
+	Terms         []uint32               `protobuf:"varint,3,rep,packed,name=terms,proto3" json:"terms,omitempty"` // in its keyring
+	Problem       string                 `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealStatusResponse_Member) Reset() {
+	*x = SealStatusResponse_Member{}
+	mi := &file_api_admin_v1_admin_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealStatusResponse_Member) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealStatusResponse_Member) ProtoMessage() {}
+
+func (x *SealStatusResponse_Member) ProtoReflect() protoreflect.Message {
+	mi := &file_api_admin_v1_admin_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealStatusResponse_Member.ProtoReflect.Descriptor instead.
+func (*SealStatusResponse_Member) Descriptor() ([]byte, []int) {
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{2, 1}
+}
+
+func (x *SealStatusResponse_Member) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SealStatusResponse_Member) GetKek() string {
+	if x != nil {
+		return x.Kek
+	}
+	return ""
+}
+
+func (x *SealStatusResponse_Member) GetTerms() []uint32 {
+	if x != nil {
+		return x.Terms
+	}
+	return nil
+}
+
+func (x *SealStatusResponse_Member) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type StatusResponse_MemberStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1034,7 +1919,7 @@ type StatusResponse_MemberStatus struct {
 
 func (x *StatusResponse_MemberStatus) Reset() {
 	*x = StatusResponse_MemberStatus{}
-	mi := &file_api_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1046,7 +1931,7 @@ func (x *StatusResponse_MemberStatus) String() string {
 func (*StatusResponse_MemberStatus) ProtoMessage() {}
 
 func (x *StatusResponse_MemberStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_api_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1059,7 +1944,7 @@ func (x *StatusResponse_MemberStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse_MemberStatus.ProtoReflect.Descriptor instead.
 func (*StatusResponse_MemberStatus) Descriptor() ([]byte, []int) {
-	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{12, 0}
+	return file_api_admin_v1_admin_proto_rawDescGZIP(), []int{19, 0}
 }
 
 func (x *StatusResponse_MemberStatus) GetId() string {
@@ -1094,7 +1979,86 @@ var File_api_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x18api/admin/v1/admin.proto\x12\x14countersign.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eapi/workload/v1/workload.proto\"\a\n" +
+	"\x18api/admin/v1/admin.proto\x12\x14countersign.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eapi/workload/v1/workload.proto\"\x92\x06\n" +
+	"\x15ClusterStatusResponse\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1b\n" +
+	"\tleader_id\x18\x02 \x01(\tR\bleaderId\x12\x14\n" +
+	"\x05level\x18\x03 \x01(\rR\x05level\x12+\n" +
+	"\x11failure_tolerance\x18\x04 \x01(\rR\x10failureTolerance\x12L\n" +
+	"\amembers\x18\x05 \x03(\v22.countersign.admin.v1.ClusterStatusResponse.MemberR\amembers\x12\x18\n" +
+	"\ahealthy\x18\x06 \x01(\bR\ahealthy\x1a\x8d\x04\n" +
+	"\x06Member\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05voter\x18\x03 \x01(\bR\x05voter\x12\x16\n" +
+	"\x06leader\x18\x04 \x01(\bR\x06leader\x12\x18\n" +
+	"\ahealthy\x18\x05 \x01(\bR\ahealthy\x12+\n" +
+	"\x11unhealthy_because\x18\x06 \x01(\tR\x10unhealthyBecause\x12<\n" +
+	"\flast_contact\x18\a \x01(\v2\x19.google.protobuf.DurationR\vlastContact\x12#\n" +
+	"\rapplied_index\x18\b \x01(\x04R\fappliedIndex\x12\x10\n" +
+	"\x03lag\x18\t \x01(\x04R\x03lag\x12\x18\n" +
+	"\aversion\x18\n" +
+	" \x01(\tR\aversion\x12\x14\n" +
+	"\x05level\x18\v \x01(\rR\x05level\x12\x1b\n" +
+	"\tdisk_free\x18\f \x01(\x04R\bdiskFree\x12\x1d\n" +
+	"\n" +
+	"disk_total\x18\r \x01(\x04R\tdiskTotal\x12\x18\n" +
+	"\aissuing\x18\x0e \x01(\bR\aissuing\x12.\n" +
+	"\x13not_issuing_because\x18\x0f \x01(\tR\x11notIssuingBecause\x129\n" +
+	"\n" +
+	"started_at\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\"\xfb\x02\n" +
+	"\x17ListAuthoritiesResponse\x12Y\n" +
+	"\vauthorities\x18\x01 \x03(\v27.countersign.admin.v1.ListAuthoritiesResponse.AuthorityR\vauthorities\x1a\x84\x02\n" +
+	"\tAuthority\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x129\n" +
+	"\n" +
+	"not_before\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x10\n" +
+	"\x03key\x18\x06 \x01(\tR\x03key\x12\x1b\n" +
+	"\tseal_term\x18\a \x01(\rR\bsealTerm\x12\x1a\n" +
+	"\bupstream\x18\b \x01(\tR\bupstream\"\xf2\x03\n" +
+	"\x12SealStatusResponse\x12C\n" +
+	"\x05terms\x18\x01 \x03(\v2-.countersign.admin.v1.SealStatusResponse.TermR\x05terms\x12I\n" +
+	"\amembers\x18\x02 \x03(\v2/.countersign.admin.v1.SealStatusResponse.MemberR\amembers\x12\x16\n" +
+	"\x06values\x18\x03 \x01(\x04R\x06values\x12\x1d\n" +
+	"\n" +
+	"values_old\x18\x04 \x01(\x04R\tvaluesOld\x1a\xb8\x01\n" +
+	"\x04Term\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\rR\x06number\x12\x15\n" +
+	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x18\n" +
+	"\aholders\x18\x04 \x03(\tR\aholders\x129\n" +
+	"\n" +
+	"created_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x16\n" +
+	"\x06values\x18\x06 \x01(\x04R\x06values\x1aZ\n" +
+	"\x06Member\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03kek\x18\x02 \x01(\tR\x03kek\x12\x14\n" +
+	"\x05terms\x18\x03 \x03(\rR\x05terms\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\"\x87\x01\n" +
+	"\fSealProgress\x12\x14\n" +
+	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\x12\x12\n" +
+	"\x04done\x18\x03 \x01(\x04R\x04done\x12\x14\n" +
+	"\x05total\x18\x04 \x01(\x04R\x05total\x12\x1f\n" +
+	"\vwaiting_for\x18\x05 \x03(\tR\n" +
+	"waitingFor\"!\n" +
+	"\vBackupChunk\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xfc\x01\n" +
+	"\n" +
+	"AuditQuery\x120\n" +
+	"\x05since\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x120\n" +
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x18\n" +
+	"\aactions\x18\x03 \x03(\tR\aactions\x12\x18\n" +
+	"\aoutcome\x18\x04 \x01(\tR\aoutcome\x12\x10\n" +
+	"\x03who\x18\x05 \x01(\tR\x03who\x12\x18\n" +
+	"\asubject\x18\x06 \x01(\tR\asubject\x12\x16\n" +
+	"\x06follow\x18\a \x01(\bR\x06follow\x12\x12\n" +
+	"\x04tail\x18\b \x01(\rR\x04tail\"$\n" +
+	"\fAuditRecords\x12\x14\n" +
+	"\x05lines\x18\x01 \x03(\tR\x05lines\"\a\n" +
 	"\x05Empty\"!\n" +
 	"\vNameRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"I\n" +
@@ -1131,7 +2095,7 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\brevision\x18\r \x01(\x04R\brevision\"\x8a\x01\n" +
 	"\x18ListKubeClustersResponse\x12F\n" +
 	"\rkube_clusters\x18\x01 \x03(\v2!.countersign.admin.v1.KubeClusterR\fkubeClusters\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xbc\x03\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xdc\x03\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tselectors\x18\x02 \x03(\tR\tselectors\x12\x1b\n" +
@@ -1147,7 +2111,10 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x129\n" +
 	"\n" +
 	"created_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1a\n" +
-	"\brevision\x18\f \x01(\x04R\brevision\"t\n" +
+	"\brevision\x18\f \x01(\x04R\brevision\x12\x1e\n" +
+	"\n" +
+	"downstream\x18\r \x01(\bR\n" +
+	"downstream\"t\n" +
 	"\x13ListEntriesResponse\x125\n" +
 	"\aentries\x18\x01 \x03(\v2\x1b.countersign.admin.v1.EntryR\aentries\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xab\x03\n" +
@@ -1190,7 +2157,7 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
 	"\x05voter\x18\x03 \x01(\bR\x05voter\x12\x16\n" +
-	"\x06leader\x18\x04 \x01(\bR\x06leader2\xe7\t\n" +
+	"\x06leader\x18\x04 \x01(\bR\x06leader2\xe0\x0f\n" +
 	"\x05Admin\x12b\n" +
 	"\vCreateToken\x12(.countersign.admin.v1.CreateTokenRequest\x1a).countersign.admin.v1.CreateTokenResponse\x12V\n" +
 	"\x0eAddKubeCluster\x12!.countersign.admin.v1.KubeCluster\x1a!.countersign.admin.v1.KubeCluster\x12e\n" +
@@ -1208,7 +2175,21 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"EvictAgent\x12!.countersign.admin.v1.NameRequest\x1a\x1b.countersign.admin.v1.Empty\x12N\n" +
 	"\tGetBundle\x12\x1b.countersign.admin.v1.Empty\x1a$.countersign.admin.v1.BundleResponse\x12K\n" +
-	"\x06Status\x12\x1b.countersign.admin.v1.Empty\x1a$.countersign.admin.v1.StatusResponseB1Z/countersign.io/countersign/api/admin/v1;adminv1b\x06proto3"
+	"\x06Status\x12\x1b.countersign.admin.v1.Empty\x1a$.countersign.admin.v1.StatusResponse\x12Y\n" +
+	"\rClusterStatus\x12\x1b.countersign.admin.v1.Empty\x1a+.countersign.admin.v1.ClusterStatusResponse\x12N\n" +
+	"\fRemoveMember\x12!.countersign.admin.v1.NameRequest\x1a\x1b.countersign.admin.v1.Empty\x12P\n" +
+	"\x0eTransferLeader\x12!.countersign.admin.v1.NameRequest\x1a\x1b.countersign.admin.v1.Empty\x12]\n" +
+	"\x0fListAuthorities\x12\x1b.countersign.admin.v1.Empty\x1a-.countersign.admin.v1.ListAuthoritiesResponse\x12S\n" +
+	"\n" +
+	"SealStatus\x12\x1b.countersign.admin.v1.Empty\x1a(.countersign.admin.v1.SealStatusResponse\x12O\n" +
+	"\n" +
+	"RotateSeal\x12\x1b.countersign.admin.v1.Empty\x1a\".countersign.admin.v1.SealProgress0\x01\x12O\n" +
+	"\n" +
+	"RewrapSeal\x12\x1b.countersign.admin.v1.Empty\x1a\".countersign.admin.v1.SealProgress0\x01\x12N\n" +
+	"\n" +
+	"SaveBackup\x12\x1b.countersign.admin.v1.Empty\x1a!.countersign.admin.v1.BackupChunk0\x01\x12T\n" +
+	"\n" +
+	"QueryAudit\x12 .countersign.admin.v1.AuditQuery\x1a\".countersign.admin.v1.AuditRecords0\x01B1Z/countersign.io/countersign/api/admin/v1;adminv1b\x06proto3"
 
 var (
 	file_api_admin_v1_admin_proto_rawDescOnce sync.Once
@@ -1222,75 +2203,115 @@ func file_api_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_api_admin_v1_admin_proto_rawDescData
 }
 
-var file_api_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_api_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_api_admin_v1_admin_proto_goTypes = []any{
-	(*Empty)(nil),                       // 0: countersign.admin.v1.Empty
-	(*NameRequest)(nil),                 // 1: countersign.admin.v1.NameRequest
-	(*ListRequest)(nil),                 // 2: countersign.admin.v1.ListRequest
-	(*CreateTokenRequest)(nil),          // 3: countersign.admin.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),         // 4: countersign.admin.v1.CreateTokenResponse
-	(*KubeCluster)(nil),                 // 5: countersign.admin.v1.KubeCluster
-	(*ListKubeClustersResponse)(nil),    // 6: countersign.admin.v1.ListKubeClustersResponse
-	(*Entry)(nil),                       // 7: countersign.admin.v1.Entry
-	(*ListEntriesResponse)(nil),         // 8: countersign.admin.v1.ListEntriesResponse
-	(*Agent)(nil),                       // 9: countersign.admin.v1.Agent
-	(*ListAgentsResponse)(nil),          // 10: countersign.admin.v1.ListAgentsResponse
-	(*BundleResponse)(nil),              // 11: countersign.admin.v1.BundleResponse
-	(*StatusResponse)(nil),              // 12: countersign.admin.v1.StatusResponse
-	(*StatusResponse_MemberStatus)(nil), // 13: countersign.admin.v1.StatusResponse.MemberStatus
-	(*durationpb.Duration)(nil),         // 14: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 15: google.protobuf.Timestamp
-	(*v1.Bundle)(nil),                   // 16: countersign.workload.v1.Bundle
+	(*ClusterStatusResponse)(nil),             // 0: countersign.admin.v1.ClusterStatusResponse
+	(*ListAuthoritiesResponse)(nil),           // 1: countersign.admin.v1.ListAuthoritiesResponse
+	(*SealStatusResponse)(nil),                // 2: countersign.admin.v1.SealStatusResponse
+	(*SealProgress)(nil),                      // 3: countersign.admin.v1.SealProgress
+	(*BackupChunk)(nil),                       // 4: countersign.admin.v1.BackupChunk
+	(*AuditQuery)(nil),                        // 5: countersign.admin.v1.AuditQuery
+	(*AuditRecords)(nil),                      // 6: countersign.admin.v1.AuditRecords
+	(*Empty)(nil),                             // 7: countersign.admin.v1.Empty
+	(*NameRequest)(nil),                       // 8: countersign.admin.v1.NameRequest
+	(*ListRequest)(nil),                       // 9: countersign.admin.v1.ListRequest
+	(*CreateTokenRequest)(nil),                // 10: countersign.admin.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),               // 11: countersign.admin.v1.CreateTokenResponse
+	(*KubeCluster)(nil),                       // 12: countersign.admin.v1.KubeCluster
+	(*ListKubeClustersResponse)(nil),          // 13: countersign.admin.v1.ListKubeClustersResponse
+	(*Entry)(nil),                             // 14: countersign.admin.v1.Entry
+	(*ListEntriesResponse)(nil),               // 15: countersign.admin.v1.ListEntriesResponse
+	(*Agent)(nil),                             // 16: countersign.admin.v1.Agent
+	(*ListAgentsResponse)(nil),                // 17: countersign.admin.v1.ListAgentsResponse
+	(*BundleResponse)(nil),                    // 18: countersign.admin.v1.BundleResponse
+	(*StatusResponse)(nil),                    // 19: countersign.admin.v1.StatusResponse
+	(*ClusterStatusResponse_Member)(nil),      // 20: countersign.admin.v1.ClusterStatusResponse.Member
+	(*ListAuthoritiesResponse_Authority)(nil), // 21: countersign.admin.v1.ListAuthoritiesResponse.Authority
+	(*SealStatusResponse_Term)(nil),           // 22: countersign.admin.v1.SealStatusResponse.Term
+	(*SealStatusResponse_Member)(nil),         // 23: countersign.admin.v1.SealStatusResponse.Member
+	(*StatusResponse_MemberStatus)(nil),       // 24: countersign.admin.v1.StatusResponse.MemberStatus
+	(*timestamppb.Timestamp)(nil),             // 25: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),               // 26: google.protobuf.Duration
+	(*v1.Bundle)(nil),                         // 27: countersign.workload.v1.Bundle
 }
 var file_api_admin_v1_admin_proto_depIdxs = []int32{
-	14, // 0: countersign.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	15, // 1: countersign.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	5,  // 2: countersign.admin.v1.ListKubeClustersResponse.kube_clusters:type_name -> countersign.admin.v1.KubeCluster
-	14, // 3: countersign.admin.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
-	14, // 4: countersign.admin.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
-	15, // 5: countersign.admin.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	15, // 6: countersign.admin.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	7,  // 7: countersign.admin.v1.ListEntriesResponse.entries:type_name -> countersign.admin.v1.Entry
-	15, // 8: countersign.admin.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	9,  // 9: countersign.admin.v1.ListAgentsResponse.agents:type_name -> countersign.admin.v1.Agent
-	16, // 10: countersign.admin.v1.BundleResponse.bundle:type_name -> countersign.workload.v1.Bundle
-	13, // 11: countersign.admin.v1.StatusResponse.members:type_name -> countersign.admin.v1.StatusResponse.MemberStatus
-	14, // 12: countersign.admin.v1.StatusResponse.staleness:type_name -> google.protobuf.Duration
-	3,  // 13: countersign.admin.v1.Admin.CreateToken:input_type -> countersign.admin.v1.CreateTokenRequest
-	5,  // 14: countersign.admin.v1.Admin.AddKubeCluster:input_type -> countersign.admin.v1.KubeCluster
-	2,  // 15: countersign.admin.v1.Admin.ListKubeClusters:input_type -> countersign.admin.v1.ListRequest
-	1,  // 16: countersign.admin.v1.Admin.DeleteKubeCluster:input_type -> countersign.admin.v1.NameRequest
-	7,  // 17: countersign.admin.v1.Admin.CreateEntry:input_type -> countersign.admin.v1.Entry
-	7,  // 18: countersign.admin.v1.Admin.UpdateEntry:input_type -> countersign.admin.v1.Entry
-	1,  // 19: countersign.admin.v1.Admin.DeleteEntry:input_type -> countersign.admin.v1.NameRequest
-	1,  // 20: countersign.admin.v1.Admin.GetEntry:input_type -> countersign.admin.v1.NameRequest
-	2,  // 21: countersign.admin.v1.Admin.ListEntries:input_type -> countersign.admin.v1.ListRequest
-	2,  // 22: countersign.admin.v1.Admin.ListAgents:input_type -> countersign.admin.v1.ListRequest
-	1,  // 23: countersign.admin.v1.Admin.GetAgent:input_type -> countersign.admin.v1.NameRequest
-	1,  // 24: countersign.admin.v1.Admin.BanAgent:input_type -> countersign.admin.v1.NameRequest
-	1,  // 25: countersign.admin.v1.Admin.EvictAgent:input_type -> countersign.admin.v1.NameRequest
-	0,  // 26: countersign.admin.v1.Admin.GetBundle:input_type -> countersign.admin.v1.Empty
-	0,  // 27: countersign.admin.v1.Admin.Status:input_type -> countersign.admin.v1.Empty
-	4,  // 28: countersign.admin.v1.Admin.CreateToken:output_type -> countersign.admin.v1.CreateTokenResponse
-	5,  // 29: countersign.admin.v1.Admin.AddKubeCluster:output_type -> countersign.admin.v1.KubeCluster
-	6,  // 30: countersign.admin.v1.Admin.ListKubeClusters:output_type -> countersign.admin.v1.ListKubeClustersResponse
-	0,  // 31: countersign.admin.v1.Admin.DeleteKubeCluster:output_type -> countersign.admin.v1.Empty
-	7,  // 32: countersign.admin.v1.Admin.CreateEntry:output_type -> countersign.admin.v1.Entry
-	7,  // 33: countersign.admin.v1.Admin.UpdateEntry:output_type -> countersign.admin.v1.Entry
-	0,  // 34: countersign.admin.v1.Admin.DeleteEntry:output_type -> countersign.admin.v1.Empty
-	7,  // 35: countersign.admin.v1.Admin.GetEntry:output_type -> countersign.admin.v1.Entry
-	8,  // 36: countersign.admin.v1.Admin.ListEntries:output_type -> countersign.admin.v1.ListEntriesResponse
-	10, // 37: countersign.admin.v1.Admin.ListAgents:output_type -> countersign.admin.v1.ListAgentsResponse
-	9,  // 38: countersign.admin.v1.Admin.GetAgent:output_type -> countersign.admin.v1.Agent
-	0,  // 39: countersign.admin.v1.Admin.BanAgent:output_type -> countersign.admin.v1.Empty
-	0,  // 40: countersign.admin.v1.Admin.EvictAgent:output_type -> countersign.admin.v1.Empty
-	11, // 41: countersign.admin.v1.Admin.GetBundle:output_type -> countersign.admin.v1.BundleResponse
-	12, // 42: countersign.admin.v1.Admin.Status:output_type -> countersign.admin.v1.StatusResponse
-	28, // [28:43] is the sub-list for method output_type
-	13, // [13:28] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	20, // 0: countersign.admin.v1.ClusterStatusResponse.members:type_name -> countersign.admin.v1.ClusterStatusResponse.Member
+	21, // 1: countersign.admin.v1.ListAuthoritiesResponse.authorities:type_name -> countersign.admin.v1.ListAuthoritiesResponse.Authority
+	22, // 2: countersign.admin.v1.SealStatusResponse.terms:type_name -> countersign.admin.v1.SealStatusResponse.Term
+	23, // 3: countersign.admin.v1.SealStatusResponse.members:type_name -> countersign.admin.v1.SealStatusResponse.Member
+	25, // 4: countersign.admin.v1.AuditQuery.since:type_name -> google.protobuf.Timestamp
+	25, // 5: countersign.admin.v1.AuditQuery.until:type_name -> google.protobuf.Timestamp
+	26, // 6: countersign.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	25, // 7: countersign.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	12, // 8: countersign.admin.v1.ListKubeClustersResponse.kube_clusters:type_name -> countersign.admin.v1.KubeCluster
+	26, // 9: countersign.admin.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
+	26, // 10: countersign.admin.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
+	25, // 11: countersign.admin.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	25, // 12: countersign.admin.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	14, // 13: countersign.admin.v1.ListEntriesResponse.entries:type_name -> countersign.admin.v1.Entry
+	25, // 14: countersign.admin.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	16, // 15: countersign.admin.v1.ListAgentsResponse.agents:type_name -> countersign.admin.v1.Agent
+	27, // 16: countersign.admin.v1.BundleResponse.bundle:type_name -> countersign.workload.v1.Bundle
+	24, // 17: countersign.admin.v1.StatusResponse.members:type_name -> countersign.admin.v1.StatusResponse.MemberStatus
+	26, // 18: countersign.admin.v1.StatusResponse.staleness:type_name -> google.protobuf.Duration
+	26, // 19: countersign.admin.v1.ClusterStatusResponse.Member.last_contact:type_name -> google.protobuf.Duration
+	25, // 20: countersign.admin.v1.ClusterStatusResponse.Member.started_at:type_name -> google.protobuf.Timestamp
+	25, // 21: countersign.admin.v1.ListAuthoritiesResponse.Authority.not_before:type_name -> google.protobuf.Timestamp
+	25, // 22: countersign.admin.v1.ListAuthoritiesResponse.Authority.not_after:type_name -> google.protobuf.Timestamp
+	25, // 23: countersign.admin.v1.SealStatusResponse.Term.created_at:type_name -> google.protobuf.Timestamp
+	10, // 24: countersign.admin.v1.Admin.CreateToken:input_type -> countersign.admin.v1.CreateTokenRequest
+	12, // 25: countersign.admin.v1.Admin.AddKubeCluster:input_type -> countersign.admin.v1.KubeCluster
+	9,  // 26: countersign.admin.v1.Admin.ListKubeClusters:input_type -> countersign.admin.v1.ListRequest
+	8,  // 27: countersign.admin.v1.Admin.DeleteKubeCluster:input_type -> countersign.admin.v1.NameRequest
+	14, // 28: countersign.admin.v1.Admin.CreateEntry:input_type -> countersign.admin.v1.Entry
+	14, // 29: countersign.admin.v1.Admin.UpdateEntry:input_type -> countersign.admin.v1.Entry
+	8,  // 30: countersign.admin.v1.Admin.DeleteEntry:input_type -> countersign.admin.v1.NameRequest
+	8,  // 31: countersign.admin.v1.Admin.GetEntry:input_type -> countersign.admin.v1.NameRequest
+	9,  // 32: countersign.admin.v1.Admin.ListEntries:input_type -> countersign.admin.v1.ListRequest
+	9,  // 33: countersign.admin.v1.Admin.ListAgents:input_type -> countersign.admin.v1.ListRequest
+	8,  // 34: countersign.admin.v1.Admin.GetAgent:input_type -> countersign.admin.v1.NameRequest
+	8,  // 35: countersign.admin.v1.Admin.BanAgent:input_type -> countersign.admin.v1.NameRequest
+	8,  // 36: countersign.admin.v1.Admin.EvictAgent:input_type -> countersign.admin.v1.NameRequest
+	7,  // 37: countersign.admin.v1.Admin.GetBundle:input_type -> countersign.admin.v1.Empty
+	7,  // 38: countersign.admin.v1.Admin.Status:input_type -> countersign.admin.v1.Empty
+	7,  // 39: countersign.admin.v1.Admin.ClusterStatus:input_type -> countersign.admin.v1.Empty
+	8,  // 40: countersign.admin.v1.Admin.RemoveMember:input_type -> countersign.admin.v1.NameRequest
+	8,  // 41: countersign.admin.v1.Admin.TransferLeader:input_type -> countersign.admin.v1.NameRequest
+	7,  // 42: countersign.admin.v1.Admin.ListAuthorities:input_type -> countersign.admin.v1.Empty
+	7,  // 43: countersign.admin.v1.Admin.SealStatus:input_type -> countersign.admin.v1.Empty
+	7,  // 44: countersign.admin.v1.Admin.RotateSeal:input_type -> countersign.admin.v1.Empty
+	7,  // 45: countersign.admin.v1.Admin.RewrapSeal:input_type -> countersign.admin.v1.Empty
+	7,  // 46: countersign.admin.v1.Admin.SaveBackup:input_type -> countersign.admin.v1.Empty
+	5,  // 47: countersign.admin.v1.Admin.QueryAudit:input_type -> countersign.admin.v1.AuditQuery
+	11, // 48: countersign.admin.v1.Admin.CreateToken:output_type -> countersign.admin.v1.CreateTokenResponse
+	12, // 49: countersign.admin.v1.Admin.AddKubeCluster:output_type -> countersign.admin.v1.KubeCluster
+	13, // 50: countersign.admin.v1.Admin.ListKubeClusters:output_type -> countersign.admin.v1.ListKubeClustersResponse
+	7,  // 51: countersign.admin.v1.Admin.DeleteKubeCluster:output_type -> countersign.admin.v1.Empty
+	14, // 52: countersign.admin.v1.Admin.CreateEntry:output_type -> countersign.admin.v1.Entry
+	14, // 53: countersign.admin.v1.Admin.UpdateEntry:output_type -> countersign.admin.v1.Entry
+	7,  // 54: countersign.admin.v1.Admin.DeleteEntry:output_type -> countersign.admin.v1.Empty
+	14, // 55: countersign.admin.v1.Admin.GetEntry:output_type -> countersign.admin.v1.Entry
+	15, // 56: countersign.admin.v1.Admin.ListEntries:output_type -> countersign.admin.v1.ListEntriesResponse
+	17, // 57: countersign.admin.v1.Admin.ListAgents:output_type -> countersign.admin.v1.ListAgentsResponse
+	16, // 58: countersign.admin.v1.Admin.GetAgent:output_type -> countersign.admin.v1.Agent
+	7,  // 59: countersign.admin.v1.Admin.BanAgent:output_type -> countersign.admin.v1.Empty
+	7,  // 60: countersign.admin.v1.Admin.EvictAgent:output_type -> countersign.admin.v1.Empty
+	18, // 61: countersign.admin.v1.Admin.GetBundle:output_type -> countersign.admin.v1.BundleResponse
+	19, // 62: countersign.admin.v1.Admin.Status:output_type -> countersign.admin.v1.StatusResponse
+	0,  // 63: countersign.admin.v1.Admin.ClusterStatus:output_type -> countersign.admin.v1.ClusterStatusResponse
+	7,  // 64: countersign.admin.v1.Admin.RemoveMember:output_type -> countersign.admin.v1.Empty
+	7,  // 65: countersign.admin.v1.Admin.TransferLeader:output_type -> countersign.admin.v1.Empty
+	1,  // 66: countersign.admin.v1.Admin.ListAuthorities:output_type -> countersign.admin.v1.ListAuthoritiesResponse
+	2,  // 67: countersign.admin.v1.Admin.SealStatus:output_type -> countersign.admin.v1.SealStatusResponse
+	3,  // 68: countersign.admin.v1.Admin.RotateSeal:output_type -> countersign.admin.v1.SealProgress
+	3,  // 69: countersign.admin.v1.Admin.RewrapSeal:output_type -> countersign.admin.v1.SealProgress
+	4,  // 70: countersign.admin.v1.Admin.SaveBackup:output_type -> countersign.admin.v1.BackupChunk
+	6,  // 71: countersign.admin.v1.Admin.QueryAudit:output_type -> countersign.admin.v1.AuditRecords
+	48, // [48:72] is the sub-list for method output_type
+	24, // [24:48] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_api_admin_v1_admin_proto_init() }
@@ -1304,7 +2325,7 @@ func file_api_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_admin_v1_admin_proto_rawDesc), len(file_api_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

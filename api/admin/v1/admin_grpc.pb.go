@@ -36,6 +36,15 @@ const (
 	Admin_EvictAgent_FullMethodName        = "/countersign.admin.v1.Admin/EvictAgent"
 	Admin_GetBundle_FullMethodName         = "/countersign.admin.v1.Admin/GetBundle"
 	Admin_Status_FullMethodName            = "/countersign.admin.v1.Admin/Status"
+	Admin_ClusterStatus_FullMethodName     = "/countersign.admin.v1.Admin/ClusterStatus"
+	Admin_RemoveMember_FullMethodName      = "/countersign.admin.v1.Admin/RemoveMember"
+	Admin_TransferLeader_FullMethodName    = "/countersign.admin.v1.Admin/TransferLeader"
+	Admin_ListAuthorities_FullMethodName   = "/countersign.admin.v1.Admin/ListAuthorities"
+	Admin_SealStatus_FullMethodName        = "/countersign.admin.v1.Admin/SealStatus"
+	Admin_RotateSeal_FullMethodName        = "/countersign.admin.v1.Admin/RotateSeal"
+	Admin_RewrapSeal_FullMethodName        = "/countersign.admin.v1.Admin/RewrapSeal"
+	Admin_SaveBackup_FullMethodName        = "/countersign.admin.v1.Admin/SaveBackup"
+	Admin_QueryAudit_FullMethodName        = "/countersign.admin.v1.Admin/QueryAudit"
 )
 
 // AdminClient is the client API for Admin service.
@@ -57,6 +66,15 @@ type AdminClient interface {
 	EvictAgent(ctx context.Context, in *NameRequest, opts ...grpc.CallOption) (*Empty, error)
 	GetBundle(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*BundleResponse, error)
 	Status(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*StatusResponse, error)
+	ClusterStatus(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*ClusterStatusResponse, error)
+	RemoveMember(ctx context.Context, in *NameRequest, opts ...grpc.CallOption) (*Empty, error)
+	TransferLeader(ctx context.Context, in *NameRequest, opts ...grpc.CallOption) (*Empty, error)
+	ListAuthorities(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
+	SealStatus(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*SealStatusResponse, error)
+	RotateSeal(ctx context.Context, in *Empty, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SealProgress], error)
+	RewrapSeal(ctx context.Context, in *Empty, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SealProgress], error)
+	SaveBackup(ctx context.Context, in *Empty, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error)
+	QueryAudit(ctx context.Context, in *AuditQuery, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditRecords], error)
 }
 
 type adminClient struct {
@@ -217,6 +235,132 @@ func (c *adminClient) Status(ctx context.Context, in *Empty, opts ...grpc.CallOp
 	return out, nil
 }
 
+func (c *adminClient) ClusterStatus(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*ClusterStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ClusterStatusResponse)
+	err := c.cc.Invoke(ctx, Admin_ClusterStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RemoveMember(ctx context.Context, in *NameRequest, opts ...grpc.CallOption) (*Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Empty)
+	err := c.cc.Invoke(ctx, Admin_RemoveMember_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) TransferLeader(ctx context.Context, in *NameRequest, opts ...grpc.CallOption) (*Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Empty)
+	err := c.cc.Invoke(ctx, Admin_TransferLeader_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListAuthorities(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAuthoritiesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListAuthorities_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) SealStatus(ctx context.Context, in *Empty, opts ...grpc.CallOption) (*SealStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SealStatusResponse)
+	err := c.cc.Invoke(ctx, Admin_SealStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RotateSeal(ctx context.Context, in *Empty, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SealProgress], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_RotateSeal_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[Empty, SealProgress]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_RotateSealClient = grpc.ServerStreamingClient[SealProgress]
+
+func (c *adminClient) RewrapSeal(ctx context.Context, in *Empty, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SealProgress], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_RewrapSeal_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[Empty, SealProgress]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_RewrapSealClient = grpc.ServerStreamingClient[SealProgress]
+
+func (c *adminClient) SaveBackup(ctx context.Context, in *Empty, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[2], Admin_SaveBackup_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[Empty, BackupChunk]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SaveBackupClient = grpc.ServerStreamingClient[BackupChunk]
+
+func (c *adminClient) QueryAudit(ctx context.Context, in *AuditQuery, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditRecords], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[3], Admin_QueryAudit_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AuditQuery, AuditRecords]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_QueryAuditClient = grpc.ServerStreamingClient[AuditRecords]
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -236,6 +380,15 @@ type AdminServer interface {
 	EvictAgent(context.Context, *NameRequest) (*Empty, error)
 	GetBundle(context.Context, *Empty) (*BundleResponse, error)
 	Status(context.Context, *Empty) (*StatusResponse, error)
+	ClusterStatus(context.Context, *Empty) (*ClusterStatusResponse, error)
+	RemoveMember(context.Context, *NameRequest) (*Empty, error)
+	TransferLeader(context.Context, *NameRequest) (*Empty, error)
+	ListAuthorities(context.Context, *Empty) (*ListAuthoritiesResponse, error)
+	SealStatus(context.Context, *Empty) (*SealStatusResponse, error)
+	RotateSeal(*Empty, grpc.ServerStreamingServer[SealProgress]) error
+	RewrapSeal(*Empty, grpc.ServerStreamingServer[SealProgress]) error
+	SaveBackup(*Empty, grpc.ServerStreamingServer[BackupChunk]) error
+	QueryAudit(*AuditQuery, grpc.ServerStreamingServer[AuditRecords]) error
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -290,6 +443,33 @@ func (UnimplementedAdminServer) GetBundle(context.Context, *Empty) (*BundleRespo
 }
 func (UnimplementedAdminServer) Status(context.Context, *Empty) (*StatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
+}
+func (UnimplementedAdminServer) ClusterStatus(context.Context, *Empty) (*ClusterStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ClusterStatus not implemented")
+}
+func (UnimplementedAdminServer) RemoveMember(context.Context, *NameRequest) (*Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveMember not implemented")
+}
+func (UnimplementedAdminServer) TransferLeader(context.Context, *NameRequest) (*Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method TransferLeader not implemented")
+}
+func (UnimplementedAdminServer) ListAuthorities(context.Context, *Empty) (*ListAuthoritiesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAuthorities not implemented")
+}
+func (UnimplementedAdminServer) SealStatus(context.Context, *Empty) (*SealStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SealStatus not implemented")
+}
+func (UnimplementedAdminServer) RotateSeal(*Empty, grpc.ServerStreamingServer[SealProgress]) error {
+	return status.Error(codes.Unimplemented, "method RotateSeal not implemented")
+}
+func (UnimplementedAdminServer) RewrapSeal(*Empty, grpc.ServerStreamingServer[SealProgress]) error {
+	return status.Error(codes.Unimplemented, "method RewrapSeal not implemented")
+}
+func (UnimplementedAdminServer) SaveBackup(*Empty, grpc.ServerStreamingServer[BackupChunk]) error {
+	return status.Error(codes.Unimplemented, "method SaveBackup not implemented")
+}
+func (UnimplementedAdminServer) QueryAudit(*AuditQuery, grpc.ServerStreamingServer[AuditRecords]) error {
+	return status.Error(codes.Unimplemented, "method QueryAudit not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -582,6 +762,140 @@ func _Admin_Status_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ClusterStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(Empty)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ClusterStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ClusterStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ClusterStatus(ctx, req.(*Empty))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RemoveMember_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(NameRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RemoveMember(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RemoveMember_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RemoveMember(ctx, req.(*NameRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_TransferLeader_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(NameRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).TransferLeader(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_TransferLeader_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).TransferLeader(ctx, req.(*NameRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListAuthorities_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(Empty)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListAuthorities(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListAuthorities_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListAuthorities(ctx, req.(*Empty))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_SealStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(Empty)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).SealStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_SealStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).SealStatus(ctx, req.(*Empty))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RotateSeal_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(Empty)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).RotateSeal(m, &grpc.GenericServerStream[Empty, SealProgress]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_RotateSealServer = grpc.ServerStreamingServer[SealProgress]
+
+func _Admin_RewrapSeal_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(Empty)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).RewrapSeal(m, &grpc.GenericServerStream[Empty, SealProgress]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_RewrapSealServer = grpc.ServerStreamingServer[SealProgress]
+
+func _Admin_SaveBackup_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(Empty)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).SaveBackup(m, &grpc.GenericServerStream[Empty, BackupChunk]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_SaveBackupServer = grpc.ServerStreamingServer[BackupChunk]
+
+func _Admin_QueryAudit_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(AuditQuery)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).QueryAudit(m, &grpc.GenericServerStream[AuditQuery, AuditRecords]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_QueryAuditServer = grpc.ServerStreamingServer[AuditRecords]
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -649,7 +963,48 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Status",
 			Handler:    _Admin_Status_Handler,
 		},
+		{
+			MethodName: "ClusterStatus",
+			Handler:    _Admin_ClusterStatus_Handler,
+		},
+		{
+			MethodName: "RemoveMember",
+			Handler:    _Admin_RemoveMember_Handler,
+		},
+		{
+			MethodName: "TransferLeader",
+			Handler:    _Admin_TransferLeader_Handler,
+		},
+		{
+			MethodName: "ListAuthorities",
+			Handler:    _Admin_ListAuthorities_Handler,
+		},
+		{
+			MethodName: "SealStatus",
+			Handler:    _Admin_SealStatus_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "RotateSeal",
+			Handler:       _Admin_RotateSeal_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "RewrapSeal",
+			Handler:       _Admin_RewrapSeal_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "SaveBackup",
+			Handler:       _Admin_SaveBackup_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "QueryAudit",
+			Handler:       _Admin_QueryAudit_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "api/admin/v1/admin.proto",
 }

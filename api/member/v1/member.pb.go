@@ -23,19 +23,100 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type KeyringRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyringRequest) Reset() {
+	*x = KeyringRequest{}
+	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyringRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyringRequest) ProtoMessage() {}
+
+func (x *KeyringRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyringRequest.ProtoReflect.Descriptor instead.
+func (*KeyringRequest) Descriptor() ([]byte, []int) {
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{0}
+}
+
+type KeyringResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Keyring       []byte                 `protobuf:"bytes,1,opt,name=keyring,proto3" json:"keyring,omitempty"` // see seal.Keyring.Plain
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyringResponse) Reset() {
+	*x = KeyringResponse{}
+	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyringResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyringResponse) ProtoMessage() {}
+
+func (x *KeyringResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyringResponse.ProtoReflect.Descriptor instead.
+func (*KeyringResponse) Descriptor() ([]byte, []int) {
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *KeyringResponse) GetKeyring() []byte {
+	if x != nil {
+		return x.Keyring
+	}
+	return nil
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Secret        string                 `protobuf:"bytes,1,opt,name=secret,proto3" json:"secret,omitempty"`
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`           // the new member's name, a path segment
 	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"` // host:port by which the others reach it
 	Version       string                 `protobuf:"bytes,4,opt,name=version,proto3" json:"version,omitempty"`
+	Level         uint32                 `protobuf:"varint,5,opt,name=level,proto3" json:"level,omitempty"` // the highest that the version knows; 0 is 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	mi := &file_api_member_v1_member_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -47,7 +128,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	mi := &file_api_member_v1_member_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -60,7 +141,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{0}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *JoinRequest) GetSecret() string {
@@ -91,6 +172,13 @@ func (x *JoinRequest) GetVersion() string {
 	return ""
 }
 
+func (x *JoinRequest) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 type JoinResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
@@ -103,7 +191,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	mi := &file_api_member_v1_member_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -115,7 +203,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	mi := &file_api_member_v1_member_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -128,7 +216,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{1}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *JoinResponse) GetTrustDomain() string {
@@ -169,7 +257,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_api_member_v1_member_proto_msgTypes[2]
+	mi := &file_api_member_v1_member_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -181,7 +269,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[2]
+	mi := &file_api_member_v1_member_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -194,7 +282,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{2}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Peer) GetId() string {
@@ -215,12 +303,16 @@ var File_api_member_v1_member_proto protoreflect.FileDescriptor
 
 const file_api_member_v1_member_proto_rawDesc = "" +
 	"\n" +
-	"\x1aapi/member/v1/member.proto\x12\x15countersign.member.v1\"i\n" +
+	"\x1aapi/member/v1/member.proto\x12\x15countersign.member.v1\"\x10\n" +
+	"\x0eKeyringRequest\"+\n" +
+	"\x0fKeyringResponse\x12\x18\n" +
+	"\akeyring\x18\x01 \x01(\fR\akeyring\"\x7f\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06secret\x18\x01 \x01(\tR\x06secret\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x18\n" +
-	"\aversion\x18\x04 \x01(\tR\aversion\"\xa4\x01\n" +
+	"\aversion\x18\x04 \x01(\tR\aversion\x12\x14\n" +
+	"\x05level\x18\x05 \x01(\rR\x05level\"\xa4\x01\n" +
 	"\fJoinResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\akeyring\x18\x02 \x01(\fR\akeyring\x12 \n" +
@@ -228,9 +320,10 @@ const file_api_member_v1_member_proto_rawDesc = "" +
 	"\amembers\x18\x04 \x03(\v2\x1b.countersign.member.v1.PeerR\amembers\"0\n" +
 	"\x04Peer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress2Y\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress2\xb3\x01\n" +
 	"\x06Member\x12O\n" +
-	"\x04Join\x12\".countersign.member.v1.JoinRequest\x1a#.countersign.member.v1.JoinResponseB3Z1countersign.io/countersign/api/member/v1;memberv1b\x06proto3"
+	"\x04Join\x12\".countersign.member.v1.JoinRequest\x1a#.countersign.member.v1.JoinResponse\x12X\n" +
+	"\aKeyring\x12%.countersign.member.v1.KeyringRequest\x1a&.countersign.member.v1.KeyringResponseB3Z1countersign.io/countersign/api/member/v1;memberv1b\x06proto3"
 
 var (
 	file_api_member_v1_member_proto_rawDescOnce sync.Once
@@ -244,18 +337,22 @@ func file_api_member_v1_member_proto_rawDescGZIP() []byte {
 	return file_api_member_v1_member_proto_rawDescData
 }
 
-var file_api_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_api_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_api_member_v1_member_proto_goTypes = []any{
-	(*JoinRequest)(nil),  // 0: countersign.member.v1.JoinRequest
-	(*JoinResponse)(nil), // 1: countersign.member.v1.JoinResponse
-	(*Peer)(nil),         // 2: countersign.member.v1.Peer
+	(*KeyringRequest)(nil),  // 0: countersign.member.v1.KeyringRequest
+	(*KeyringResponse)(nil), // 1: countersign.member.v1.KeyringResponse
+	(*JoinRequest)(nil),     // 2: countersign.member.v1.JoinRequest
+	(*JoinResponse)(nil),    // 3: countersign.member.v1.JoinResponse
+	(*Peer)(nil),            // 4: countersign.member.v1.Peer
 }
 var file_api_member_v1_member_proto_depIdxs = []int32{
-	2, // 0: countersign.member.v1.JoinResponse.members:type_name -> countersign.member.v1.Peer
-	0, // 1: countersign.member.v1.Member.Join:input_type -> countersign.member.v1.JoinRequest
-	1, // 2: countersign.member.v1.Member.Join:output_type -> countersign.member.v1.JoinResponse
-	2, // [2:3] is the sub-list for method output_type
-	1, // [1:2] is the sub-list for method input_type
+	4, // 0: countersign.member.v1.JoinResponse.members:type_name -> countersign.member.v1.Peer
+	2, // 1: countersign.member.v1.Member.Join:input_type -> countersign.member.v1.JoinRequest
+	0, // 2: countersign.member.v1.Member.Keyring:input_type -> countersign.member.v1.KeyringRequest
+	3, // 3: countersign.member.v1.Member.Join:output_type -> countersign.member.v1.JoinResponse
+	1, // 4: countersign.member.v1.Member.Keyring:output_type -> countersign.member.v1.KeyringResponse
+	3, // [3:5] is the sub-list for method output_type
+	1, // [1:3] is the sub-list for method input_type
 	1, // [1:1] is the sub-list for extension type_name
 	1, // [1:1] is the sub-list for extension extendee
 	0, // [0:1] is the sub-list for field type_name
@@ -272,7 +369,7 @@ func file_api_member_v1_member_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_member_v1_member_proto_rawDesc), len(file_api_member_v1_member_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   3,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

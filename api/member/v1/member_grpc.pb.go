@@ -21,7 +21,8 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Member_Join_FullMethodName = "/countersign.member.v1.Member/Join"
+	Member_Join_FullMethodName    = "/countersign.member.v1.Member/Join"
+	Member_Keyring_FullMethodName = "/countersign.member.v1.Member/Keyring"
 )
 
 // MemberClient is the client API for Member service.
@@ -31,6 +32,8 @@ type MemberClient interface {
 	// Join spends a one-time server token and admits the caller. The client shows no certificate; it has pinned
 	// the CA by the token.
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
+	// Keyring returns the data keys that this member has, to a member of the cluster only.
+	Keyring(ctx context.Context, in *KeyringRequest, opts ...grpc.CallOption) (*KeyringResponse, error)
 }
 
 type memberClient struct {
@@ -51,6 +54,16 @@ func (c *memberClient) Join(ctx context.Context, in *JoinRequest, opts ...grpc.C
 	return out, nil
 }
 
+func (c *memberClient) Keyring(ctx context.Context, in *KeyringRequest, opts ...grpc.CallOption) (*KeyringResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeyringResponse)
+	err := c.cc.Invoke(ctx, Member_Keyring_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // MemberServer is the server API for Member service.
 // All implementations must embed UnimplementedMemberServer
 // for forward compatibility.
@@ -58,6 +71,8 @@ type MemberServer interface {
 	// Join spends a one-time server token and admits the caller. The client shows no certificate; it has pinned
 	// the CA by the token.
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
+	// Keyring returns the data keys that this member has, to a member of the cluster only.
+	Keyring(context.Context, *KeyringRequest) (*KeyringResponse, error)
 	mustEmbedUnimplementedMemberServer()
 }
 
@@ -70,6 +85,9 @@ type UnimplementedMemberServer struct{}
 
 func (UnimplementedMemberServer) Join(context.Context, *JoinRequest) (*JoinResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Join not implemented")
+}
+func (UnimplementedMemberServer) Keyring(context.Context, *KeyringRequest) (*KeyringResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Keyring not implemented")
 }
 func (UnimplementedMemberServer) mustEmbedUnimplementedMemberServer() {}
 func (UnimplementedMemberServer) testEmbeddedByValue()                {}
@@ -110,6 +128,24 @@ func _Member_Join_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Member_Keyring_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeyringRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MemberServer).Keyring(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Member_Keyring_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MemberServer).Keyring(ctx, req.(*KeyringRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Member_ServiceDesc is the grpc.ServiceDesc for Member service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -120,6 +156,10 @@ var Member_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Join",
 			Handler:    _Member_Join_Handler,
+		},
+		{
+			MethodName: "Keyring",
+			Handler:    _Member_Keyring_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,102 @@
+package config
+
+import "errors"
+
+// Agent is the configuration of a node agent.
+type Agent struct {
+	Version     int      `yaml:"version"`      // of this file's format
+	TrustDomain string   `yaml:"trust_domain"` // needed, but with a join token
+	Servers     []string `yaml:"servers"`      // host:port of members, one at least; the others are learnt. A join token brings its own
+	CAPin       string   `yaml:"ca_pin"`       // sha256:HEX of the CA's public key, from "countersign bundle show". A join token brings its own
+
+	Attest   AgentAttest   `yaml:"attest"`
+	Socket   string        `yaml:"socket"`    // the Workload API
+	StateDir string        `yaml:"state_dir"` // keeps live SVIDs over a restart; it must be on tmpfs; "none" switches it off
+	Health   string        `yaml:"health"`    // host:port of /live and /ready, plain HTTP
+	KeyType  string        `yaml:"key_type"`  // of workloads' keys: ec-p256, ec-p384, ed25519 or rsa-2048
+	Workload AgentWorkload `yaml:"workload"`
+	Log      Log           `yaml:"log"`
+}
+
+// AgentAttest is how the agent proves its node: exactly one kind.
+type AgentAttest struct {
+	JoinTokenFile string      `yaml:"join_token_file"` // a file with the output of "countersign token create --agent"
+	Kube          *AgentKube  `yaml:"kube"`
+	X509Pop       *AgentCerts `yaml:"x509pop"`
+}
+
+// AgentKube attests with the agent pod's own service account token.
+type AgentKube struct {
+	Cluster   string `yaml:"cluster"`    // the name given to "countersign kube add"
+	TokenPath string `yaml:"token_path"` // of the agent pod's own token
+}
+
+// AgentCerts attests with a certificate and proof of its key.
+type AgentCerts struct {
+	CertFile string `yaml:"cert_file"` // PEM, leaf first
+	KeyFile  string `yaml:"key_file"`  // PEM, 0600
+}
+
+// AgentWorkload is how callers are told apart.
+type AgentWorkload struct {
+	TokenPath string `yaml:"token_path"` // of a pod's token, as the pod sees it
+	SHA256    bool   `yaml:"sha256"`     // also hash each caller's binary (unix:sha256)
+	Systemd   bool   `yaml:"systemd"`    // also tell each caller's systemd unit (systemd:unit)
+}
+
+func (c *Agent) complete() {
+	def(&c.Socket, DefaultAgentSocket)
+	def(&c.StateDir, DefaultStateDir)
+	def(&c.Health, "127.0.0.1:8081")
+	def(&c.KeyType, "ec-p256")
+	def(&c.Workload.TokenPath, DefaultTokenPath)
+	if c.Attest.Kube != nil {
+		def(&c.Attest.Kube.TokenPath, DefaultTokenPath)
+	}
+	c.Log.complete()
+}
+
+// Check reports every fault of an agent's values, joined.
+func (c *Agent) Check() error {
+	var f faults
+	f.version(c.Version)
+	join := c.Attest.JoinTokenFile != ""
+	f.trustDomain(c.TrustDomain, !join)
+	kinds := 0
+	for _, set := range []bool{join, c.Attest.Kube != nil, c.Attest.X509Pop != nil} {
+		if set {
+			kinds++
+		}
+	}
+	if kinds != 1 {
+		f.add("attest: name exactly one of join_token_file, kube, x509pop (%d are set)", kinds)
+	}
+	if k := c.Attest.Kube; k != nil && k.Cluster == "" {
+		f.add("attest.kube.cluster is missing: the name given to countersign kube add")
+	}
+	if x := c.Attest.X509Pop; x != nil && (x.CertFile == "" || x.KeyFile == "") {
+		f.add("attest.x509pop: cert_file and key_file are both needed")
+	}
+	if !join && len(c.Servers) == 0 {
+		f.add("servers is empty: name at least one member, host:port")
+	}
+	for _, s := range c.Servers {
+		f.address("servers", s)
+	}
+	if !join && c.CAPin == "" {
+		f.add("ca_pin is missing: countersign bundle show prints it")
+	}
+	f.absolute("socket", c.Socket)
+	if c.StateDir != "none" {
+		f.absolute("state_dir", c.StateDir)
+	}
+	f.address("health", c.Health)
+	switch c.KeyType {
+	case "ec-p256", "ec-p384", "ed25519", "rsa-2048":
+	default:
+		f.add("key_type %q: want ec-p256, ec-p384, ed25519 or rsa-2048", c.KeyType)
+	}
+	f.absolute("workload.token_path", c.Workload.TokenPath)
+	f.log(c.Log)
+	return errors.Join(f.errs...)
+}
