@@ -24,13 +24,15 @@ type fileKEK struct {
 // OpenFileKEK reads the 32-byte key at path, and makes one (mode 0600, random) where there is none. A file that
 // others may read, or of another length, is refused. Two processes must not make the same key at once: the caller
 // holds the lock of the folder. A crash leaves either no key or a whole one.
-func OpenFileKEK(path string) (KEK, error) {
+func OpenFileKEK(path string) (KEK, error) { return openFileKEK(path, false) }
+
+func openFileKEK(path string, mustExist bool) (KEK, error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("opening key file %q: %w", path, err)
 	}
 	key, err := durable.ReadPrivateFile(abs, keyBytes+1)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && !mustExist {
 		key = make([]byte, keyBytes)
 		rand.Read(key)
 		err = durable.WriteFile(abs, key, 0o600)

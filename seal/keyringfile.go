@@ -50,30 +50,36 @@ func SaveKeyring(ctx context.Context, path string, kek KEK, td spiffeid.TrustDom
 	return nil
 }
 
-// LoadKeyring reads what SaveKeyring wrote. The error wraps fs.ErrNotExist where there is no file, and ErrOpen
-// where kek does not fit.
-func LoadKeyring(ctx context.Context, path string, kek KEK, td spiffeid.TrustDomain) (*Keyring, error) {
+// LoadKeyring reads what SaveKeyring wrote, opening it with kek or else with the first of old that fits, and returns the
+// one that did: where that is not kek, SaveKeyring again. The error wraps fs.ErrNotExist where there is no file, and
+// ErrOpen where no key fits. A key that cannot be asked (its service is down, its token absent) is an error too, of all.
+func LoadKeyring(ctx context.Context, path string, kek KEK, td spiffeid.TrustDomain, old ...KEK) (*Keyring, KEK, error) {
 	data, err := durable.ReadPrivateFile(path, maxKeyringFile)
 	if err != nil {
-		return nil, fmt.Errorf("loading keyring %s: %w", path, err)
+		return nil, nil, fmt.Errorf("loading keyring %s: %w", path, err)
 	}
 	f, err := parseKeyringFile(data)
 	if err != nil {
-		return nil, fmt.Errorf("loading keyring %s: %w", path, err)
+		return nil, nil, fmt.Errorf("loading keyring %s: %w", path, err)
 	}
 	if f.TrustDomain != td.Name() {
-		return nil, fmt.Errorf("loading keyring %s: it belongs to trust domain %q, not %q: use that trust domain or another data folder", path, f.TrustDomain, td.Name())
+		return nil, nil, fmt.Errorf("loading keyring %s: it belongs to trust domain %q, not %q: use that trust domain or another data folder", path, f.TrustDomain, td.Name())
 	}
-	plain, err := kek.Unwrap(ctx, f.Wrapped, keyringAD(td))
-	if err != nil {
-		return nil, fmt.Errorf("loading keyring %s: it was wrapped under %s and %s does not open it: restore that key, or empty the data folder and join again: %w", path, f.KEK, kek.URI(), err)
+	var errs []error
+	for _, by := range append([]KEK{kek}, old...) {
+		plain, err := by.Unwrap(ctx, f.Wrapped, keyringAD(td))
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s does not open it: %w", by.URI(), err))
+			continue
+		}
+		k, err := ParseKeyring(plain)
+		clear(plain)
+		if err != nil {
+			return nil, nil, fmt.Errorf("loading keyring %s: %w", path, err)
+		}
+		return k, by, nil
 	}
-	defer clear(plain)
-	k, err := ParseKeyring(plain)
-	if err != nil {
-		return nil, fmt.Errorf("loading keyring %s: %w", path, err)
-	}
-	return k, nil
+	return nil, nil, fmt.Errorf("loading keyring %s: it was wrapped under %s: restore that key (or name it in seal.old_keys), or empty the data folder and join again: %w", path, f.KEK, errors.Join(errs...))
 }
 
 func parseKeyringFile(data []byte) (*keyringFile, error) {

@@ -88,7 +88,7 @@ func openDataDir(ctx context.Context, c *config.Server) (_ *dataDir, err error) 
 	if err != nil {
 		return nil, err
 	}
-	if d.keyring, err = seal.LoadKeyring(ctx, d.file("keyring"), kek, td); err != nil {
+	if d.keyring, _, err = seal.LoadKeyring(ctx, d.file("keyring"), kek, td); err != nil {
 		return nil, fmt.Errorf("opening the keyring: %w", err)
 	}
 	return d, nil
