@@ -73,9 +73,11 @@ func TestEntryGoesThereAndBack(t *testing.T) {
 		ID: "1", Selectors: []identity.Selector{"k8s:ns:a"}, SPIFFEID: "spiffe://example.org/x", X509TTL: time.Hour, JWTTTL: time.Minute,
 		DNSNames: []string{"a.b"}, Hint: "h", FederatesWith: []string{"o.org"}, Admin: true, ExpiresAt: time.Unix(5, 0).UTC(), Revision: 9,
 	}
-	got, err := EntryFromWire(EntryToWire(e))
-	if err != nil || !reflect.DeepEqual(got, e) {
-		t.Errorf("%+v, %v", got, err)
+	for _, e.Downstream = range []bool{false, true} {
+		got, err := EntryFromWire(EntryToWire(e))
+		if err != nil || !reflect.DeepEqual(got, e) {
+			t.Errorf("%+v, %v", got, err)
+		}
 	}
 	if _, err := EntryFromWire(&adminv1.Entry{Selectors: []string{"nonsense"}}); !errors.Is(err, identity.ErrInvalid) {
 		t.Errorf("got %v", err)

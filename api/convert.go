@@ -82,7 +82,7 @@ func X509SVIDFromWire(s *workloadv1.X509SVID, issuer [][]byte) (identity.X509SVI
 func EntryToWire(e *identity.Entry) *adminv1.Entry {
 	out := &adminv1.Entry{
 		Id: e.ID, SpiffeId: e.SPIFFEID, DnsNames: e.DNSNames, Hint: e.Hint, FederatesWith: e.FederatesWith,
-		Admin: e.Admin, Revision: e.Revision, Selectors: SelectorsToWire(e.Selectors),
+		Admin: e.Admin, Downstream: e.Downstream, Revision: e.Revision, Selectors: SelectorsToWire(e.Selectors),
 		ExpiresAt: TimeToWire(e.ExpiresAt), CreatedAt: TimeToWire(e.CreatedAt),
 	}
 	if e.X509TTL != 0 {
@@ -102,7 +102,7 @@ func EntryFromWire(e *adminv1.Entry) (*identity.Entry, error) {
 	}
 	return &identity.Entry{
 		ID: e.Id, Selectors: sel, SPIFFEID: e.SpiffeId, X509TTL: e.X509Ttl.AsDuration(), JWTTTL: e.JwtTtl.AsDuration(),
-		DNSNames: e.DnsNames, Hint: e.Hint, FederatesWith: e.FederatesWith, Admin: e.Admin,
+		DNSNames: e.DnsNames, Hint: e.Hint, FederatesWith: e.FederatesWith, Admin: e.Admin, Downstream: e.Downstream,
 		ExpiresAt: TimeFromWire(e.ExpiresAt), Revision: e.Revision,
 	}, nil
 }

@@ -31,6 +31,9 @@ func CheckEntry(td spiffeid.TrustDomain, e *Entry) error {
 		bad("every selector is an agent's word (unix:, systemd:), so any agent of the trust domain could claim the identity: add a selector that says which agents may, such as agent:id:..., agent:kind:... or agent:kube-node:...")
 	}
 	errs = append(errs, checkIDTemplate(td, e.SPIFFEID))
+	if t, err := ParseTemplate(e.SPIFFEID); e.Downstream && err == nil && len(t.Names()) > 0 {
+		bad("SPIFFE ID %q of a downstream entry has placeholders: one identity gets a certificate authority, so write its ID out", e.SPIFFEID)
+	}
 	if len(e.DNSNames) > MaxDNSNames {
 		bad("%d DNS names: at the most %d", len(e.DNSNames), MaxDNSNames)
 	}

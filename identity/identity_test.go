@@ -115,6 +115,11 @@ func TestCheckEntry(t *testing.T) {
 	if err := CheckEntry(td(), &good); err != nil {
 		t.Fatal(err)
 	}
+	below := good
+	below.Downstream = true
+	if err := CheckEntry(td(), &below); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		mend func(*Entry)
 		want string
@@ -134,6 +139,7 @@ func TestCheckEntry(t *testing.T) {
 		"many DNS":           {func(e *Entry) { e.DNSNames = slices.Repeat([]string{"a.b"}, MaxDNSNames+1) }, "DNS names"},
 		"long hint":          {func(e *Entry) { e.Hint = strings.Repeat("h", MaxHintBytes+1) }, "hint"},
 		"bad federation":     {func(e *Entry) { e.FederatesWith = []string{"Not/One"} }, "federates_with"},
+		"downstream":         {func(e *Entry) { e.Downstream, e.SPIFFEID = true, "spiffe://example.org/{k8s:ns}/ca" }, "placeholders"},
 		"own federation":     {func(e *Entry) { e.FederatesWith = []string{"example.org"} }, "own trust domain"},
 	} {
 		e := good
