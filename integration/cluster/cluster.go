@@ -27,6 +27,10 @@ type Cluster struct {
 	TrustDomain string
 	// ServerYAML and AgentYAML are appended to every member's and agent's configuration.
 	ServerYAML, AgentYAML string
+	// Net, if set, has each member in a network namespace of its own; nil is loopback for all.
+	Net *Net
+	// Prepare, if set, is called with a new member before it starts, and may change what it is.
+	Prepare func(*Member) error
 
 	Members []*Member
 	Agents  []*Agent
@@ -37,6 +41,8 @@ type Cluster struct {
 // Member is one server of the cluster.
 type Member struct {
 	Name, Dir, Address, Health, Socket string
+	Bin                                string   // program to run instead of the cluster's own
+	Env                                []string // more of its environment
 	*Process
 }
 
@@ -79,15 +85,16 @@ func (c *Cluster) StartMember(ctx context.Context) (*Member, error) {
 	name := fmt.Sprintf("ca-%d", len(c.Members)+1)
 	m := &Member{Name: name, Dir: filepath.Join(c.Dir, name)}
 	m.Socket = filepath.Join(m.Dir, "admin.sock")
-	var err error
-	if m.Address, err = FreeAddress(); err != nil {
-		return nil, err
-	}
-	if m.Health, err = FreeAddress(); err != nil {
+	if err := c.place(m); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(m.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the member's folder: %w", err)
+	}
+	if c.Prepare != nil {
+		if err := c.Prepare(m); err != nil {
+			return nil, err
+		}
 	}
 	yaml := fmt.Sprintf("version: 1\ntrust_domain: %s\nname: %s\ndata_dir: %s\nlisten: %s\nadmin_socket: %s\nhealth: %s\n%s",
 		c.TrustDomain, name, filepath.Join(m.Dir, "data"), m.Address, m.Socket, m.Health, c.ServerYAML)
@@ -109,14 +116,50 @@ func (c *Cluster) StartMember(ctx context.Context) (*Member, error) {
 	return m, c.RestartMember(ctx, m)
 }
 
+// place gives the member its addresses.
+func (c *Cluster) place(m *Member) (err error) {
+	if c.Net != nil {
+		if err := c.Net.Add(m.Name); err != nil {
+			return err
+		}
+		m.Address, m.Health = c.Net.IP(m.Name)+":8443", c.Net.IP(m.Name)+":8080"
+		return nil
+	}
+	if m.Address, err = FreeAddress(); err != nil {
+		return err
+	}
+	m.Health, err = FreeAddress()
+	return err
+}
+
 // RestartMember starts the member's process again, on its own data, and waits until it is ready.
 func (c *Cluster) RestartMember(ctx context.Context, m *Member) error {
-	p, err := c.start(m.Name, filepath.Join(m.Dir, "log"), nil, filepath.Join(c.Bin, "countersign"), "server", "run", "-c", filepath.Join(m.Dir, "server.yaml"))
+	if err := c.LaunchMember(m); err != nil {
+		return err
+	}
+	return waitReady(ctx, m.Process, m.Health)
+}
+
+// LaunchMember starts the member's process again, and waits for nothing.
+func (c *Cluster) LaunchMember(m *Member) error {
+	argv := []string{filepath.Join(c.Bin, "countersign"), "server", "run", "-c", filepath.Join(m.Dir, "server.yaml")}
+	if m.Bin != "" {
+		argv[0] = m.Bin
+	}
+	if c.Net != nil {
+		argv = append(c.Net.Wrap(m.Name), argv...)
+	}
+	p, err := c.start(m.Name, filepath.Join(m.Dir, "log"), m.Env, argv...)
 	if err != nil {
 		return err
 	}
 	m.Process = p
-	return waitReady(ctx, p, m.Health)
+	return nil
+}
+
+// WaitReady waits until a member that was launched can issue.
+func (c *Cluster) WaitReady(ctx context.Context, m *Member) error {
+	return waitReady(ctx, m.Process, m.Health)
 }
 
 // Admin runs an operator's command against the first live member and returns its output.
