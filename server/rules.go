@@ -51,6 +51,7 @@ func ruleFor(method string) kind {
 		adminv1.Admin_EvictAgent_FullMethodName,
 		adminv1.Admin_GetBundle_FullMethodName,
 		adminv1.Admin_Status_FullMethodName,
+		adminv1.Admin_SaveBackup_FullMethodName,
 		"/grpc.health.v1.Health/List",
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":

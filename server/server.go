@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"sync/atomic"
@@ -57,6 +58,8 @@ type Config struct {
 	// Keep is called with the authorities (their keys sealed) when they have changed, so that this member can show
 	// its certificate after a restart, before it has any state.
 	Keep func([]identity.Authority) error
+	// Backup writes a backup of the state as of the call; nil: this member makes none. It must end when ctx does.
+	Backup func(ctx context.Context, w io.Writer) error
 
 	// MaxStaleness is how long this member issues without hearing from a leader; 0: X509TTL.
 	MaxStaleness time.Duration
@@ -85,6 +88,8 @@ type Server struct {
 	turns  chan struct{} // see verify
 	// what strangers may cause of log lines: refusals, and faults of ours
 	refusals, faults *lineLimit
+	backups          chan struct{} // a place for each that is being made
+	backupStall      time.Duration
 
 	hub     *hub
 	evicted evictions
@@ -119,7 +124,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
-	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), health: health.NewServer()}
+	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
 	s.hub = newHub(s.matching, cfg.Now)
 	s.agents = s.newGRPC(handshaken{}, maxAgentMessage, 256, keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})
 	// Whoever proved nothing gets little memory and little time.
