@@ -22,14 +22,16 @@ const module = "countersign.io/countersign"
 var house = map[string][]string{
 	"identity":         {},
 	"internal/durable": {},
+	"internal/hsm":     {"internal/durable"},
 	"internal/vault":   {},
-	"seal":             {"internal/durable", "internal/vault"},
+	"seal":             {"internal/durable", "internal/hsm", "internal/vault"},
 	"raft":             {"internal/durable"},
 	"config":           {"identity"},
 	"api":              {"identity"},
 	"store":            {"identity", "raft", "internal/durable"},
 	"ca":               {"identity"},
-	"ca/upstream":      {"identity", "api", "internal/vault"},
+	"ca/kmskey":        {"identity", "internal/hsm"},
+	"ca/upstream":      {"identity", "api", "ca/kmskey", "internal/vault"},
 	"audit":            {"identity", "internal/durable"},
 	"backup":           {"identity", "seal", "internal/durable"},
 	"attestor":         {"identity"},
@@ -41,7 +43,7 @@ var house = map[string][]string{
 }
 
 // agentMustNotLink is what the node agent must never carry: what it does not link, it cannot do, and need not keep in memory.
-var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server", "audit", "backup", "internal/vault"}
+var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server", "audit", "backup", "internal/vault", "internal/hsm"}
 
 type source struct {
 	path string // slash-separated, from the root

@@ -15,7 +15,8 @@ var ErrKEK = errors.New("the key-encryption key cannot be used")
 
 // Vault is what transit: keys need of a Vault or OpenBao. *vault.Client is one.
 type Vault interface {
-	// Do sends in as JSON and reads the answer into out. It MUST log in by itself, and MUST NOT put secrets into errors.
+	// Do sends in as JSON and reads the answer's data into out. It MUST log in by itself, MUST NOT put secrets into errors,
+	// and its error MUST wrap vault.ErrInvalid where the request was refused for what is in it.
 	Do(ctx context.Context, method, path string, in, out any) error
 }
 

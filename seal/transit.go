@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+
+	"countersign.io/countersign/internal/vault"
 )
 
 var transitName = regexp.MustCompile(`^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$`)
@@ -33,31 +35,19 @@ func openTransit(rest string, v Vault) (KEK, error) {
 // URI is transit:MOUNT/KEY.
 func (k *transitKEK) URI() string { return "transit:" + k.mount + "/" + k.key }
 
-type transitEncrypt struct {
-	Plaintext      string `json:"plaintext"`
-	AssociatedData string `json:"associated_data"`
-}
-
-type transitDecrypt struct {
-	Ciphertext     string `json:"ciphertext"`
-	AssociatedData string `json:"associated_data"`
-}
-
 // Wrap implements KEK. What it returns is Vault's text, "vault:v1:...".
 func (k *transitKEK) Wrap(ctx context.Context, plaintext, ad []byte) ([]byte, error) {
 	var out struct {
-		Data struct {
-			Ciphertext string `json:"ciphertext"`
-		} `json:"data"`
+		Ciphertext string `json:"ciphertext"`
 	}
-	in := transitEncrypt{base64.StdEncoding.EncodeToString(plaintext), base64.StdEncoding.EncodeToString(ad)}
+	in := map[string]string{"plaintext": base64.StdEncoding.EncodeToString(plaintext), "associated_data": base64.StdEncoding.EncodeToString(ad)}
 	if err := k.vault.Do(ctx, http.MethodPost, k.mount+"/encrypt/"+k.key, in, &out); err != nil {
 		return nil, fmt.Errorf("wrapping with %s: %w", k.URI(), err)
 	}
-	if !strings.HasPrefix(out.Data.Ciphertext, "vault:") {
+	if !strings.HasPrefix(out.Ciphertext, "vault:") {
 		return nil, fmt.Errorf("wrapping with %s: Vault answered without a ciphertext: is %s a transit engine?", k.URI(), k.mount)
 	}
-	return []byte(out.Data.Ciphertext), nil
+	return []byte(out.Ciphertext), nil
 }
 
 // Unwrap implements KEK.
@@ -66,20 +56,17 @@ func (k *transitKEK) Unwrap(ctx context.Context, ciphertext, ad []byte) ([]byte,
 		return nil, fmt.Errorf("unwrapping with %s: no ciphertext of Vault's: %w", k.URI(), ErrOpen)
 	}
 	var out struct {
-		Data struct {
-			Plaintext string `json:"plaintext"`
-		} `json:"data"`
+		Plaintext string `json:"plaintext"`
 	}
-	in := transitDecrypt{string(ciphertext), base64.StdEncoding.EncodeToString(ad)}
+	in := map[string]string{"ciphertext": string(ciphertext), "associated_data": base64.StdEncoding.EncodeToString(ad)}
 	if err := k.vault.Do(ctx, http.MethodPost, k.mount+"/decrypt/"+k.key, in, &out); err != nil {
 		// Vault says 400 for a ciphertext of another key or place, for a damaged one, and for a key that is not there.
-		var status interface{ StatusCode() int }
-		if errors.As(err, &status) && status.StatusCode() == http.StatusBadRequest {
+		if errors.Is(err, vault.ErrInvalid) {
 			return nil, fmt.Errorf("unwrapping with %s: %w: %w", k.URI(), ErrOpen, err)
 		}
 		return nil, fmt.Errorf("unwrapping with %s: %w", k.URI(), err)
 	}
-	plain, err := base64.StdEncoding.DecodeString(out.Data.Plaintext)
+	plain, err := base64.StdEncoding.DecodeString(out.Plaintext)
 	if err != nil {
 		return nil, fmt.Errorf("unwrapping with %s: Vault's answer is not base64", k.URI())
 	}
