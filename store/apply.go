@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.etcd.io/bbolt"
 
 	"countersign.io/countersign/identity"
 	"countersign.io/countersign/raft"
@@ -24,11 +25,15 @@ type change struct {
 	putKube    *identity.KubeCluster
 	deleteKube string
 
-	authorities []*identity.Authority // all of them, when not nil
-	bundle      *identity.Bundle
+	vouched *vouched // all of it, when not nil
 
 	members        []*identity.Member // all of them
 	membersChanged bool
+
+	seal        []*identity.SealTerm // all of them
+	sealChanged bool
+
+	level uint32 // when not 0
 }
 
 // ApplyBatch applies committed commands in order, in one transaction, and returns one result per entry. Entries
@@ -72,7 +77,10 @@ func (s *Store) applyAll(entries []raft.Entry) (batch, error) {
 		return b, fmt.Errorf("beginning a transaction: %w", err)
 	}
 	defer tx.Rollback() // does nothing once committed
-	a := applier{state: state{tx}, td: s.td}
+	a, err := newApplier(tx, s.td)
+	if err != nil {
+		return b, err
+	}
 	for _, e := range entries {
 		if e.Index <= b.applied {
 			b.results = append(b.results, nil)
@@ -109,65 +117,35 @@ func (s *Store) AppliedIndex() (uint64, error) {
 type applier struct {
 	state
 	td      spiffeid.TrustDomain
+	level   uint32    // of the cluster, as of the command at hand
 	index   uint64    // of the command at hand
 	now     time.Time // its proposer's
 	changes []change
 }
 
+func newApplier(tx *bbolt.Tx, td spiffeid.TrustDomain) (*applier, error) {
+	a := &applier{state: state{tx}, td: td}
+	var err error
+	if a.level, err = a.state.level(); err != nil {
+		return nil, fmt.Errorf("reading the cluster's level: %w", err)
+	}
+	return a, nil
+}
+
 func (a *applier) apply(e raft.Entry) ([]byte, error) {
-	c, err := decodeCommand(e.Data)
+	c, h, err := decode(e.Data)
 	if err != nil {
 		return nil, err
 	}
 	a.index, a.now = e.Index, c.Time.UTC()
-	switch c.Type {
-	case createEntry:
-		return run(c, a.createEntry)
-	case updateEntry:
-		return run(c, a.updateEntry)
-	case deleteEntry:
-		return run(c, a.deleteEntryByID)
-	case putKubeCluster:
-		return run(c, a.putKubeCluster)
-	case deleteKubeCluster:
-		return run(c, a.deleteKubeCluster)
-	case createJoinToken:
-		return run(c, a.createJoinToken)
-	case useJoinToken:
-		return run(c, a.useJoinToken)
-	case putAgent:
-		return run(c, a.putAgent)
-	case banAgent:
-		return run(c, a.banAgent)
-	case evictAgent:
-		return run(c, a.evictAgent)
-	case createAuthority:
-		return run(c, a.createAuthority)
-	case putMember:
-		return run(c, a.putMember)
-	case removeMember:
-		return run(c, a.removeMember)
-	case sweep:
-		return run(c, a.sweep)
+	v, err := h.apply(a, c.Data)
+	if err == nil {
+		return success(v)
 	}
-	return nil, fmt.Errorf("%w (command %q)", errUnknownCommand, c.Type)
-}
-
-// run decodes the command's data, applies it and encodes the result. The error is for faults of this member.
-func run[T any](c command, f func(*T) (any, error)) ([]byte, error) {
-	data := new(T)
-	if err := decodeStrict(c.Data, data); err != nil {
-		return nil, fmt.Errorf("%w (%s: %v)", errUnknownCommand, c.Type, err)
-	}
-	v, err := f(data)
-	if err != nil {
-		raw, ok := refusal(err)
-		if !ok {
-			return nil, err
-		}
+	if raw, ok := refusal(err); ok {
 		return raw, nil
 	}
-	return success(v)
+	return nil, err
 }
 
 func (a *applier) changed(c change) {

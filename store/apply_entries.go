@@ -12,7 +12,7 @@ import (
 func (a *applier) createEntry(e *identity.Entry) (any, error) {
 	r := &entryRecord{Created: a.index, Entry: *e}
 	r.CreatedAt, r.ExpiresAt, r.Revision = a.now, e.ExpiresAt.UTC(), a.index
-	if err := r.check(); err != nil {
+	if err := errors.Join(r.check(), a.mayBe(e)); err != nil {
 		return nil, err
 	}
 	if a.table(kindEntry).Get([]byte(r.ID)) != nil {
@@ -29,6 +29,10 @@ func (a *applier) createEntry(e *identity.Entry) (any, error) {
 	}
 	a.changed(change{putEntry: r})
 	return &r.Entry, nil
+}
+
+func (a *applier) mayBe(e *identity.Entry) error {
+	return needLevel(a.level, levelOfEntry(e), "a downstream entry")
 }
 
 func (a *applier) checkRule(e *identity.Entry) error {
@@ -59,7 +63,7 @@ func (a *applier) updateEntry(d *updateEntryData) (any, error) {
 	}
 	r := &entryRecord{Created: old.Created, Entry: d.Entry}
 	r.CreatedAt, r.ExpiresAt, r.Revision = old.CreatedAt, d.Entry.ExpiresAt.UTC(), old.Revision
-	if err := r.check(); err != nil {
+	if err := errors.Join(r.check(), a.mayBe(&d.Entry)); err != nil {
 		return nil, err
 	}
 	if err := a.checkRule(&r.Entry); err != nil {
@@ -123,5 +127,10 @@ func (a *applier) sweep(d *sweepData) (any, error) {
 		}
 		return fmt.Errorf("the expiry index is damaged: kind %d", k)
 	})
+	if err == nil && a.level >= level2 {
+		var n int
+		n, err = a.sweepVouched(d.Limit - res.Removed)
+		res.Removed += n
+	}
 	return res, err
 }

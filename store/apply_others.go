@@ -3,11 +3,7 @@ package store
 import (
 	"errors"
 	"fmt"
-	"slices"
-	"strings"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"countersign.io/countersign/identity"
 )
@@ -79,20 +75,32 @@ func (a *applier) createJoinToken(j *identity.JoinToken) (any, error) {
 	return nil, a.putToken(j)
 }
 
-// useJoinToken admits once. The look-up is by the hash of a 256-bit secret: how long it takes tells nothing about
-// a secret that the caller does not have. A wrong purpose leaves the token as it was.
+// useJoinToken admits once. A wrong purpose leaves the token as it was.
 func (a *applier) useJoinToken(d *useJoinTokenData) (any, error) {
-	if len(d.Hash) == 0 {
+	j, err := a.spent(d.Hash, d.Purpose)
+	if err != nil {
+		return nil, err
+	}
+	if err := put(a.state, kindJoinToken, string(j.Hash), j); err != nil {
+		return nil, err
+	}
+	return j, nil
+}
+
+// spent is the token as it is to be stored once it has admitted. The look-up is by the hash of a 256-bit secret: how long
+// it takes tells nothing about a secret that the caller does not have.
+func (a *applier) spent(hash []byte, purpose string) (*identity.JoinToken, error) {
+	if len(hash) == 0 {
 		return nil, fmt.Errorf("%w: no join token", identity.ErrUnauthenticated)
 	}
-	j, err := get[identity.JoinToken](a.state, kindJoinToken, string(d.Hash))
+	j, err := get[identity.JoinToken](a.state, kindJoinToken, string(hash))
 	switch {
 	case err != nil:
 		return nil, err
 	case j == nil:
 		return nil, fmt.Errorf("%w: no such join token: it was not made here, or it expired long ago; make another one", identity.ErrUnauthenticated)
-	case j.Purpose != d.Purpose:
-		return nil, fmt.Errorf("%w: join token %s admits one %s, not one %s", identity.ErrDenied, j.ID, j.Purpose, d.Purpose)
+	case j.Purpose != purpose:
+		return nil, fmt.Errorf("%w: join token %s admits one %s, not one %s", identity.ErrDenied, j.ID, j.Purpose, purpose)
 	case !j.UsedAt.IsZero():
 		return nil, fmt.Errorf("%w: join token %s was used at %s: each admits once; make another one",
 			identity.ErrPrecondition, j.ID, j.UsedAt.Format(time.RFC3339))
@@ -101,10 +109,32 @@ func (a *applier) useJoinToken(d *useJoinTokenData) (any, error) {
 			identity.ErrUnauthenticated, j.ID, j.ExpiresAt.Format(time.RFC3339))
 	}
 	j.UsedAt = a.now
-	if err := put(a.state, kindJoinToken, string(j.Hash), j); err != nil {
+	return j, nil
+}
+
+// admitAgent spends the token and records the agent, or does neither: a token is not lost to an agent that is refused, and
+// admits no second one.
+func (a *applier) admitAgent(d *admitAgentData) (any, error) {
+	j, err := a.spent(d.Hash, identity.JoinAgent)
+	if err != nil {
 		return nil, err
 	}
-	return j, nil
+	r := &d.Agent
+	if r.KubeCluster != j.KubeCluster || r.KubeNode != j.KubeNode {
+		return nil, fmt.Errorf("%w: join token %s vouches for node %q of kube cluster %q, and agent %s is to speak for node %q of %q",
+			identity.ErrDenied, j.ID, j.KubeNode, j.KubeCluster, r.ID, r.KubeNode, r.KubeCluster)
+	}
+	if err := a.checkAgent(r); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(storable(j), storable(r)); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(put(a.state, kindJoinToken, string(j.Hash), j), put(a.state, kindAgent, r.ID, r)); err != nil {
+		return nil, err
+	}
+	a.changed(change{agent: r})
+	return r, nil
 }
 
 func (a *applier) agentRecord(id string) (*identity.Agent, error) {
@@ -115,18 +145,26 @@ func (a *applier) agentRecord(id string) (*identity.Agent, error) {
 	return r, err
 }
 
-func (a *applier) putAgent(r *identity.Agent) (any, error) {
+// checkAgent makes the record what is to be stored.
+func (a *applier) checkAgent(r *identity.Agent) error {
 	if err := checkKey("agent ID", r.ID); err != nil {
-		return nil, err
+		return err
 	}
 	old, err := get[identity.Agent](a.state, kindAgent, r.ID)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if old != nil && old.Banned {
-		return nil, fmt.Errorf("%w: agent %s is banned", identity.ErrDenied, r.ID)
+		return fmt.Errorf("%w: agent %s is banned", identity.ErrDenied, r.ID)
 	}
 	r.AttestedAt, r.Banned, r.Revision = r.AttestedAt.UTC(), false, a.index
+	return nil
+}
+
+func (a *applier) putAgent(r *identity.Agent) (any, error) {
+	if err := a.checkAgent(r); err != nil {
+		return nil, err
+	}
 	if err := put(a.state, kindAgent, r.ID, r); err != nil {
 		return nil, err
 	}
@@ -162,69 +200,6 @@ func (a *applier) evictAgent(d *keyData) (any, error) {
 	return nil, nil
 }
 
-// createAuthority answers with the active authority of the kind if there is one: two leaders in a row that both
-// made one end up with the same.
-func (a *applier) createAuthority(r *identity.Authority) (any, error) {
-	if err := errors.Join(checkKey("authority ID", r.ID), checkKey("authority kind", string(r.Kind))); err != nil {
-		return nil, err
-	}
-	before, err := all[identity.Authority](a.state, kindAuthority)
-	if err != nil {
-		return nil, err
-	}
-	for _, b := range before {
-		if b.Kind == r.Kind && b.State == identity.AuthorityActive {
-			return b, nil
-		}
-		if b.Kind == r.Kind && b.ID == r.ID {
-			return nil, fmt.Errorf("%w: authority %s", identity.ErrExists, authorityKey(r))
-		}
-	}
-	r.NotBefore, r.NotAfter, r.Revision = r.NotBefore.UTC(), r.NotAfter.UTC(), a.index
-	if err := put(a.state, kindAuthority, authorityKey(r), r); err != nil {
-		return nil, err
-	}
-	after := append(slices.Clone(before), r)
-	slices.SortFunc(after, func(x, y *identity.Authority) int { return strings.Compare(authorityKey(x), authorityKey(y)) })
-	return r, a.authoritiesChanged(before, after)
-}
-
-// authoritiesChanged counts the bundle's sequence up exactly when what the bundle says changed.
-func (a *applier) authoritiesChanged(before, after []*identity.Authority) error {
-	sequence := a.counter(metaSequence)
-	b := makeBundle(a.td, after, sequence)
-	if !same(makeBundle(a.td, before, sequence), b) {
-		b.Sequence = sequence + 1
-		if err := a.setCounter(metaSequence, b.Sequence); err != nil {
-			return err
-		}
-	}
-	a.changed(change{authorities: after, bundle: b})
-	return nil
-}
-
-// refreshHint is how often a consumer should read the bundle again (SPIFFE Trust Domain and Bundle, section 4.1.2).
-const refreshHint = 5 * time.Minute
-
-// makeBundle holds every authority that somebody may rely on; they come sorted.
-func makeBundle(td spiffeid.TrustDomain, authorities []*identity.Authority, sequence uint64) *identity.Bundle {
-	b := &identity.Bundle{TrustDomain: td, Sequence: sequence, RefreshHint: refreshHint, JWT: make(map[string][]byte)}
-	for _, r := range authorities {
-		switch r.State {
-		case identity.AuthorityPrepared, identity.AuthorityActive, identity.AuthorityRetiring:
-		default:
-			continue
-		}
-		switch r.Kind {
-		case identity.AuthorityX509:
-			b.X509 = append(b.X509, r.Cert)
-		case identity.AuthorityJWT:
-			b.JWT[r.ID] = r.PublicKey
-		}
-	}
-	return b
-}
-
 func (a *applier) putMember(m *identity.Member) (any, error) {
 	if err := checkKey("member ID", m.ID); err != nil {
 		return nil, err
@@ -246,7 +221,7 @@ func (a *applier) removeMember(d *keyData) (any, error) {
 	if err := a.table(kindMember).Delete([]byte(d.Key)); err != nil {
 		return nil, err
 	}
-	return nil, a.membersChanged()
+	return nil, errors.Join(a.membersChanged(), a.forgetHolder(d.Key))
 }
 
 func (a *applier) membersChanged() error {

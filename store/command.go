@@ -33,6 +33,19 @@ const (
 	putMember         = "put_member"
 	removeMember      = "remove_member"
 	sweep             = "sweep"
+
+	// From level 2 on; set_level is what leads there.
+	setLevel          = "set_level"
+	admitAgent        = "admit_agent"
+	putSealTerm       = "put_seal_term"
+	ackSealTerm       = "ack_seal_term"
+	activateSealTerm  = "activate_seal_term"
+	dropSealTerm      = "drop_seal_term"
+	resealAuthority   = "reseal_authority"
+	prepareAuthority  = "prepare_authority"
+	activateAuthority = "activate_authority"
+	dropAuthority     = "drop_authority"
+	putForeign        = "put_foreign"
 )
 
 // command is what follows the version byte.
@@ -54,6 +67,10 @@ type (
 	useJoinTokenData struct {
 		Hash    []byte `json:"hash"`
 		Purpose string `json:"purpose"`
+	}
+	admitAgentData struct {
+		Hash  []byte         `json:"hash"` // of the join token
+		Agent identity.Agent `json:"agent"`
 	}
 	keyData struct {
 		Key string `json:"key"`

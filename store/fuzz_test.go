@@ -47,7 +47,10 @@ func FuzzCommand(f *testing.F) {
 				t.Fatal(err)
 			}
 			defer tx.Rollback()
-			a := applier{state: state{tx}, td: td}
+			a, err := newApplier(tx, td)
+			if err != nil {
+				t.Fatal(err)
+			}
 			res, err := a.apply(raft.Entry{Index: s.applied + 1, Data: raw})
 			if err != nil && !errors.Is(err, errUnknownCommand) {
 				t.Fatalf("%q stops this member: %v", raw, err)

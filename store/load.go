@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"fmt"
 	"maps"
 	"slices"
@@ -12,6 +13,7 @@ import (
 // the order of its keys: within one transaction bbolt takes keys out of order in quadratic time.
 type loader struct {
 	state
+	recordChecker
 	rules    map[string]string // see bucketRules
 	tokenIDs map[string]string
 	expiry   map[string]string
@@ -23,54 +25,96 @@ func newLoader(t state) *loader {
 
 // load stores a record as it is.
 func (l *loader) load(k kind, key string, value []byte) error {
-	switch k {
-	case kindEntry:
-		return load(l.state, k, key, value, func(r *entryRecord) (string, error) {
-			rule := string(ruleKey(&r.Entry))
-			if owner, ok := l.rules[rule]; ok {
-				return "", fmt.Errorf("entry %s duplicates entry %s", r.ID, owner)
-			}
-			l.rules[rule] = r.ID
-			if !r.ExpiresAt.IsZero() {
-				l.expiry[string(expiryKey(r.ExpiresAt, k, r.ID))] = ""
-			}
-			return r.ID, r.check()
-		})
-	case kindKubeCluster:
-		return load(l.state, k, key, value, func(r *identity.KubeCluster) (string, error) { return r.Name, nil })
-	case kindJoinToken:
-		return load(l.state, k, key, value, func(r *identity.JoinToken) (string, error) {
-			if _, ok := l.tokenIDs[r.ID]; ok {
-				return "", fmt.Errorf("two join tokens %s", r.ID)
-			}
-			l.tokenIDs[r.ID] = string(r.Hash)
-			l.expiry[string(tokenExpiryKey(r))] = ""
-			return string(r.Hash), checkToken(r)
-		})
-	case kindAgent:
-		return load(l.state, k, key, value, func(r *identity.Agent) (string, error) { return r.ID, nil })
-	case kindAuthority:
-		return load(l.state, k, key, value, func(r *identity.Authority) (string, error) { return authorityKey(r), nil })
-	case kindMember:
-		return load(l.state, k, key, value, func(r *identity.Member) (string, error) { return r.ID, nil })
-	}
-	return fmt.Errorf("unknown kind of record %d: it may be a newer version's", k)
-}
-
-// load checks a record with a func that returns its key.
-func load[T any](t state, k kind, key string, value []byte, check func(*T) (string, error)) error {
-	v := new(T)
-	if err := decodeStrict(value, v); err != nil {
-		return err
-	}
-	own, err := check(v)
+	v, err := l.decode(k, key, value)
 	if err != nil {
 		return err
 	}
-	if own != key {
-		return fmt.Errorf("the record of %q has the key %q", own, key)
+	switch r := v.(type) {
+	case *entryRecord:
+		rule := string(ruleKey(&r.Entry))
+		if owner, ok := l.rules[rule]; ok {
+			return fmt.Errorf("entry %s duplicates entry %s", r.ID, owner)
+		}
+		l.rules[rule] = r.ID
+		if !r.ExpiresAt.IsZero() {
+			l.expiry[string(expiryKey(r.ExpiresAt, k, r.ID))] = ""
+		}
+	case *identity.JoinToken:
+		if _, ok := l.tokenIDs[r.ID]; ok {
+			return fmt.Errorf("two join tokens %s", r.ID)
+		}
+		l.tokenIDs[r.ID] = string(r.Hash)
+		l.expiry[string(tokenExpiryKey(r))] = ""
 	}
-	return t.table(k).Put([]byte(key), value)
+	return l.table(k).Put([]byte(key), bytes.Clone(value)) // bbolt keeps it until the transaction ends
+}
+
+// recordChecker goes through a snapshot's records, and knows what level they need.
+type recordChecker struct {
+	level  uint32 // that the records say; 0: none, which is 1
+	needed uint32
+}
+
+// decode gives a record as a pointer to its type.
+func (c *recordChecker) decode(k kind, key string, value []byte) (any, error) {
+	switch k {
+	case kindEntry:
+		return decodeRecord(key, value, func(r *entryRecord) (string, error) {
+			c.needed = max(c.needed, levelOfEntry(&r.Entry))
+			return r.ID, r.check()
+		})
+	case kindKubeCluster:
+		return decodeRecord(key, value, func(r *identity.KubeCluster) (string, error) { return r.Name, nil })
+	case kindJoinToken:
+		return decodeRecord(key, value, func(r *identity.JoinToken) (string, error) { return string(r.Hash), checkToken(r) })
+	case kindAgent:
+		return decodeRecord(key, value, func(r *identity.Agent) (string, error) { return r.ID, nil })
+	case kindAuthority:
+		return decodeRecord(key, value, func(r *identity.Authority) (string, error) {
+			c.needed = max(c.needed, levelOfAuthority(r))
+			return authorityKey(r), nil
+		})
+	case kindMember:
+		return decodeRecord(key, value, func(r *identity.Member) (string, error) { return r.ID, nil })
+	case kindCluster:
+		return decodeRecord(key, value, func(r *clusterRecord) (string, error) {
+			c.level = r.Level
+			return clusterKey, r.check()
+		})
+	case kindSealTerm:
+		c.needed = max(c.needed, level2)
+		return decodeRecord(key, value, func(r *identity.SealTerm) (string, error) {
+			return sealTermKey(r.Number), checkSealTerm(r.Number, r.KeyID)
+		})
+	case kindForeign:
+		c.needed = max(c.needed, level2)
+		return decodeRecord(key, value, func(r *identity.Foreign) (string, error) { return r.Source, nil })
+	}
+	return nil, fmt.Errorf("unknown kind of record %d: it may be a newer version's", k)
+}
+
+// end is called after the last record.
+func (c *recordChecker) end() error {
+	if have := max(c.level, 1); c.needed > have {
+		return fmt.Errorf("%w: the snapshot has level %d, and records in it that level %d brought", identity.ErrInvalid, have, c.needed)
+	}
+	return nil
+}
+
+// decodeRecord checks a record with a func that returns its key.
+func decodeRecord[T any](key string, value []byte, check func(*T) (string, error)) (*T, error) {
+	v := new(T)
+	if err := decodeStrict(value, v); err != nil {
+		return nil, err
+	}
+	own, err := check(v)
+	if err != nil {
+		return nil, err
+	}
+	if own != key {
+		return nil, fmt.Errorf("the record of %q has the key %q", own, key)
+	}
+	return v, nil
 }
 
 func (l *loader) finish() error {

@@ -43,8 +43,7 @@ func (s *Store) restore(r io.Reader) error {
 	if err := clearBuckets(tx); err != nil {
 		return err
 	}
-	in := &snapshotReader{r: bufio.NewReaderSize(r, 1<<16), hash: sha256.New()}
-	if err := in.load(state{tx}, s.td.Name()); err != nil {
+	if err := newSnapshotReader(r).load(state{tx}, s.td.Name()); err != nil {
 		return err
 	}
 	v, err := loadView(tx, s.td)
@@ -75,47 +74,75 @@ func clearBuckets(tx *bbolt.Tx) error {
 type snapshotReader struct {
 	r     io.Reader
 	hash  hash.Hash
+	buf   []byte
+	sum   [4]byte
 	off   int64 // read so far
 	start int64 // of the block at hand
 	crc   uint32
+}
+
+func newSnapshotReader(r io.Reader) *snapshotReader {
+	return &snapshotReader{r: bufio.NewReaderSize(r, 1<<16), hash: sha256.New()}
 }
 
 func (in *snapshotReader) bad(format string, args ...any) error {
 	return fmt.Errorf("%w: snapshot damaged at offset %d: "+format, append([]any{identity.ErrInvalid, in.start}, args...)...)
 }
 
-// read gets exactly n bytes, n being bounded by the caller.
+// read gets exactly n bytes, n being bounded by the caller. They are there until the next read.
 func (in *snapshotReader) read(n int) ([]byte, error) {
-	p := make([]byte, n)
+	if n > len(in.buf) {
+		in.buf = make([]byte, max(n, 4096))
+	}
+	return in.buf[:n], in.fill(in.buf[:n])
+}
+
+func (in *snapshotReader) fill(p []byte) error {
 	got, err := io.ReadFull(in.r, p)
 	in.off += int64(got)
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return nil, fmt.Errorf("%w: snapshot truncated at offset %d", identity.ErrInvalid, in.off)
+		return fmt.Errorf("%w: snapshot truncated at offset %d", identity.ErrInvalid, in.off)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading at offset %d: %w", in.off, err)
+		return fmt.Errorf("reading at offset %d: %w", in.off, err)
 	}
 	in.hash.Write(p)
 	in.crc = crc32.Update(in.crc, crc32.MakeTable(crc32.Castagnoli), p)
-	return p, nil
+	return nil
 }
 
 func (in *snapshotReader) begin() { in.start, in.crc = in.off, 0 }
 
 func (in *snapshotReader) checkCRC() error {
 	want := in.crc
-	p, err := in.read(4)
-	if err == nil && binary.BigEndian.Uint32(p) != want {
+	err := in.fill(in.sum[:]) // the block stays in buf
+	if err == nil && binary.BigEndian.Uint32(in.sum[:]) != want {
 		err = in.bad("checksum mismatch")
 	}
 	return err
 }
 
 func (in *snapshotReader) load(t state, td string) error {
-	if err := in.header(t, td); err != nil {
+	h, err := in.header()
+	if err != nil {
+		return err
+	}
+	if h.trustDomain != td {
+		return fmt.Errorf("%w: the snapshot is of trust domain %q, and this member is of %q", identity.ErrInvalid, h.trustDomain, td)
+	}
+	if err := errors.Join(t.setCounter(metaApplied, h.revision), t.setCounter(metaSequence, h.sequence)); err != nil {
 		return err
 	}
 	l := newLoader(t)
+	if err := in.each(l.load); err != nil {
+		return err
+	}
+	return errors.Join(l.end(), l.finish())
+}
+
+// each calls f for every record, whose checksum is right by then, and checks the end of the snapshot. The value is f's only
+// during the call.
+func (in *snapshotReader) each(f func(k kind, key string, value []byte) error) error {
 	var lastKind kind
 	var lastKey string
 	for {
@@ -126,10 +153,7 @@ func (in *snapshotReader) load(t state, td string) error {
 		}
 		k := kind(p[0])
 		if k == kindEnd {
-			if err := in.trailer(); err != nil {
-				return err
-			}
-			return l.finish()
+			return in.trailer()
 		}
 		key, value, err := in.record()
 		if err != nil {
@@ -139,46 +163,42 @@ func (in *snapshotReader) load(t state, td string) error {
 			return in.bad("records out of order")
 		}
 		lastKind, lastKey = k, key
-		if err := l.load(k, key, value); err != nil {
+		if err := f(k, key, value); err != nil {
 			return in.bad("%s", strings.TrimPrefix(err.Error(), identity.ErrInvalid.Error()+": "))
 		}
 	}
 }
 
-func (in *snapshotReader) header(t state, td string) error {
+// snapshotHeader is what a snapshot begins with.
+type snapshotHeader struct {
+	trustDomain        string
+	revision, sequence uint64
+}
+
+func (in *snapshotReader) header() (snapshotHeader, error) {
 	p, err := in.read(len(snapshotMagic) + 4)
 	if err != nil {
-		return err
+		return snapshotHeader{}, err
 	}
 	if string(p[:len(snapshotMagic)]) != snapshotMagic {
-		return in.bad("this is not a snapshot of the state")
+		return snapshotHeader{}, in.bad("this is not a snapshot of the state")
 	}
 	if v := binary.BigEndian.Uint32(p[len(snapshotMagic):]); v != snapshotVersion {
-		return fmt.Errorf("%w: the snapshot has format %d, and this version reads %d: upgrade this member to the version of the others", identity.ErrInvalid, v, snapshotVersion)
+		return snapshotHeader{}, fmt.Errorf("%w: the snapshot has format %d, and this version reads %d: upgrade this member to the version of the others", identity.ErrInvalid, v, snapshotVersion)
 	}
 	in.begin()
 	if p, err = in.read(4); err != nil {
-		return err
+		return snapshotHeader{}, err
 	}
 	n := binary.BigEndian.Uint32(p)
 	if n > 255 { // SPIFFE-ID section 2.1
-		return in.bad("trust domain of %d bytes", n)
+		return snapshotHeader{}, in.bad("trust domain of %d bytes", n)
 	}
-	name, err := in.read(int(n))
-	if err != nil {
-		return err
+	if p, err = in.read(int(n) + 16); err != nil {
+		return snapshotHeader{}, err
 	}
-	counters, err := in.read(16)
-	if err != nil {
-		return err
-	}
-	if err := in.checkCRC(); err != nil {
-		return err
-	}
-	if string(name) != td {
-		return fmt.Errorf("%w: the snapshot is of trust domain %q, and this member is of %q", identity.ErrInvalid, name, td)
-	}
-	return errors.Join(t.setCounter(metaApplied, binary.BigEndian.Uint64(counters)), t.setCounter(metaSequence, binary.BigEndian.Uint64(counters[8:])))
+	h := snapshotHeader{trustDomain: string(p[:n]), revision: binary.BigEndian.Uint64(p[n:]), sequence: binary.BigEndian.Uint64(p[n+8:])}
+	return h, in.checkCRC()
 }
 
 func (in *snapshotReader) record() (key string, value []byte, err error) {

@@ -33,6 +33,11 @@ const (
 	kindAgent
 	kindAuthority
 	kindMember
+
+	// From level 2 on.
+	kindCluster
+	kindSealTerm
+	kindForeign
 )
 
 // bucket is where the kind's records are, by the key that the loader's check returns for each.
@@ -50,13 +55,19 @@ func (k kind) bucket() []byte {
 		return []byte("authorities")
 	case kindMember:
 		return []byte("members")
+	case kindCluster:
+		return []byte("cluster")
+	case kindSealTerm:
+		return []byte("seal_terms")
+	case kindForeign:
+		return []byte("foreign")
 	}
 	return nil
 }
 
 // kinds are those of the tables, whose contents are the state, in the order of snapshots.
 func kinds() []kind {
-	return []kind{kindEntry, kindKubeCluster, kindJoinToken, kindAgent, kindAuthority, kindMember}
+	return []kind{kindEntry, kindKubeCluster, kindJoinToken, kindAgent, kindAuthority, kindMember, kindCluster, kindSealTerm, kindForeign}
 }
 
 // The buckets that follow from the tables, and so are not in snapshots.
@@ -118,6 +129,14 @@ func put(t state, k kind, key string, v any) error {
 		return fmt.Errorf("%w: %v", identity.ErrInvalid, err)
 	}
 	return t.table(k).Put([]byte(key), raw)
+}
+
+// storable is for a command that puts two records: it checks both before it puts the first.
+func storable(v any) error {
+	if _, err := json.Marshal(v); err != nil {
+		return fmt.Errorf("%w: %v", identity.ErrInvalid, err)
+	}
+	return nil
 }
 
 func checkKey(what, key string) error {

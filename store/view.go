@@ -14,14 +14,16 @@ import (
 // never do.
 type view struct {
 	revision    uint64
+	level       uint32
 	entries     map[string]*entryRecord
 	index       *matchIndex
 	agents      map[string]*identity.Agent
-	bannedNodes map[kubeNode]struct{} // those that a banned agent speaks for; a ban is for good, so this only grows
+	bannedNodes map[kubeNode]struct{}     // those that a banned agent speaks for; a ban is for good, so this only grows
+	downstream  map[string][]*entryRecord // by SPIFFE ID, those that are; the slices never change
 	kube        map[string]*identity.KubeCluster
-	authorities []*identity.Authority
-	bundle      *identity.Bundle
-	members     []*identity.Member
+	*vouched
+	members []*identity.Member
+	seal    []*identity.SealTerm
 }
 
 type kubeNode struct{ cluster, name string }
@@ -31,6 +33,11 @@ func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	v := &view{
 		revision: t.counter(metaApplied), entries: make(map[string]*entryRecord), index: newMatchIndex(),
 		agents: make(map[string]*identity.Agent), bannedNodes: make(map[kubeNode]struct{}), kube: make(map[string]*identity.KubeCluster),
+		downstream: make(map[string][]*entryRecord),
+	}
+	var err error
+	if v.level, err = t.level(); err != nil {
+		return nil, err
 	}
 	entries, err := all[entryRecord](t, kindEntry)
 	if err != nil {
@@ -53,18 +60,41 @@ func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	for _, k := range kube {
 		v.kube[k.Name] = k
 	}
-	if v.authorities, err = all[identity.Authority](t, kindAuthority); err != nil {
+	if v.vouched, err = loadVouched(t, td, v.level); err != nil {
 		return nil, err
 	}
-	v.bundle = makeBundle(td, v.authorities, t.counter(metaSequence))
-	v.members, err = all[identity.Member](t, kindMember)
+	if v.members, err = all[identity.Member](t, kindMember); err != nil {
+		return nil, err
+	}
+	v.seal, err = all[identity.SealTerm](t, kindSealTerm)
 	return v, err
 }
 
 func (v *view) putEntry(r *entryRecord) {
-	v.index.remove(r.ID)
+	v.removeEntry(r.ID)
 	v.entries[r.ID] = r
 	v.index.insert(r)
+	if r.Downstream {
+		v.downstream[r.SPIFFEID] = append(slices.Clone(v.downstream[r.SPIFFEID]), r)
+	}
+}
+
+func (v *view) removeEntry(id string) {
+	old := v.entries[id]
+	if old == nil {
+		return
+	}
+	delete(v.entries, id)
+	v.index.remove(id)
+	if !old.Downstream {
+		return
+	}
+	rest := slices.DeleteFunc(slices.Clone(v.downstream[old.SPIFFEID]), func(r *entryRecord) bool { return r.ID == id })
+	if len(rest) == 0 {
+		delete(v.downstream, old.SPIFFEID)
+	} else {
+		v.downstream[old.SPIFFEID] = rest
+	}
 }
 
 func (v *view) putAgent(a *identity.Agent) {
@@ -76,7 +106,8 @@ func (v *view) putAgent(a *identity.Agent) {
 
 // apply makes a change visible and says what a watcher is to hear of it.
 func (v *view) apply(c change) identity.Change {
-	out := identity.Change{Revision: c.revision, Agent: c.agent, AgentGone: c.agentGone, Bundle: c.bundle != nil, Members: c.membersChanged}
+	out := identity.Change{Revision: c.revision, Agent: c.agent, AgentGone: c.agentGone, Bundle: c.vouched != nil && c.level == 0,
+		Members: c.membersChanged, Seal: c.sealChanged, Level: c.level != 0}
 	switch {
 	case c.putEntry != nil:
 		if old := v.entries[c.putEntry.ID]; old != nil {
@@ -88,8 +119,7 @@ func (v *view) apply(c change) identity.Change {
 		if old := v.entries[c.deleteEntry]; old != nil {
 			out.OldEntry = &old.Entry
 		}
-		delete(v.entries, c.deleteEntry)
-		v.index.remove(c.deleteEntry)
+		v.removeEntry(c.deleteEntry)
 	case c.agent != nil && c.agentGone && !c.agent.Banned:
 		delete(v.agents, c.agent.ID)
 	case c.agent != nil:
@@ -100,10 +130,14 @@ func (v *view) apply(c change) identity.Change {
 	case c.deleteKube != "":
 		out.KubeCluster = c.deleteKube
 		delete(v.kube, c.deleteKube)
-	case c.bundle != nil:
-		v.authorities, v.bundle = c.authorities, c.bundle
+	case c.level != 0:
+		v.level, v.vouched = c.level, c.vouched
+	case c.vouched != nil:
+		v.vouched = c.vouched
 	case c.membersChanged:
 		v.members = c.members
+	case c.sealChanged:
+		v.seal = c.seal
 	}
 	return out
 }
@@ -140,6 +174,49 @@ func (s *Store) Match(sel []identity.Selector) []*identity.Entry {
 		out[i] = &r.Entry
 	}
 	return out
+}
+
+// Downstream returns the downstream entry with exactly this SPIFFE ID; of several the one that lasts longest. It may have
+// expired and not be swept yet: see Entry.Expired.
+func (s *Store) Downstream(id string) (*identity.Entry, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var best *entryRecord
+	for _, r := range s.view.downstream[id] {
+		if best == nil || lasts(r, best) {
+			best = r
+		}
+	}
+	if best == nil {
+		return nil, false
+	}
+	return &best.Entry, true
+}
+
+// lasts orders by expiry, never being the last, and then by age.
+func lasts(r, than *entryRecord) bool {
+	switch {
+	case r.ExpiresAt.Equal(than.ExpiresAt):
+		return r.Created < than.Created
+	case r.ExpiresAt.IsZero() || than.ExpiresAt.IsZero():
+		return r.ExpiresAt.IsZero()
+	}
+	return r.ExpiresAt.After(than.ExpiresAt)
+}
+
+// JoinToken returns what the cluster remembers of the join secret with that SHA-256, used and expired ones too until they
+// are swept. It admits nobody: that is AdmitAgent and UseJoinToken.
+func (s *Store) JoinToken(hash []byte) (identity.JoinToken, bool) {
+	var out identity.JoinToken
+	found := false
+	err := s.db.View(func(tx *bbolt.Tx) error {
+		j, err := get[identity.JoinToken](state{tx}, kindJoinToken, string(hash))
+		if j != nil {
+			out, found = *j, true
+		}
+		return err
+	})
+	return out, found && err == nil
 }
 
 // Agent returns the record of the agent with the SPIFFE ID, banned or not.

@@ -132,7 +132,7 @@ func (w *Writer) EvictAgent(ctx context.Context, id string) error {
 // CreateAuthority stores an authority, its key already sealed, and returns the one to use: the active one of that
 // kind if there was one.
 func (w *Writer) CreateAuthority(ctx context.Context, a identity.Authority) (identity.Authority, error) {
-	if err := checkAuthority(&a); err != nil {
+	if err := w.checkAuthority(&a); err != nil {
 		return identity.Authority{}, err
 	}
 	return propose[identity.Authority](ctx, w, createAuthority, time.Time{}, a)
@@ -154,8 +154,8 @@ func (w *Writer) RemoveMember(ctx context.Context, id string) error {
 // sweepBatch bounds the removals of one command.
 const sweepBatch = 500
 
-// Sweep removes the entries that have expired at now and the join tokens that expired a day before. It costs no write
-// when there is nothing to remove. Call it on the leader, every minute or so.
+// Sweep removes the entries that have expired at now and the join tokens that expired a day before; from level 2 on the
+// retiring authorities and the other clusters' JWT keys that have expired, too. It costs no write when there is nothing to remove. Call it on the leader, every minute or so.
 func (w *Writer) Sweep(ctx context.Context, now time.Time) error {
 	for w.store.anyDue(now) {
 		res, err := propose[sweepResult](ctx, w, sweep, now, sweepData{Limit: sweepBatch})
@@ -170,6 +170,12 @@ func (w *Writer) Sweep(ctx context.Context, now time.Time) error {
 }
 
 func (s *Store) anyDue(now time.Time) bool {
+	s.mu.RLock()
+	ended := s.view.level >= level2 && s.view.sweepable(now)
+	s.mu.RUnlock()
+	if ended {
+		return true
+	}
 	found := errors.New("found")
 	return s.db.View(func(tx *bbolt.Tx) error {
 		return state{tx}.due(now, 1, func(kind, string) error { return found })
