@@ -50,6 +50,7 @@ const (
 	changedRetry      = 200 * time.Millisecond // between questions during the grace
 	blameFor          = time.Minute            // a member that failed is tried after the others
 	maxBackoff        = 10 * time.Second       // between rounds over the members
+	provenAfter       = time.Second            // a session that lasted so long worked: its end is no reason to wait before the next member
 	maxJWTs           = 4096                   // cached answers
 )
 

@@ -35,7 +35,7 @@ func (a *Agent) runLink(ctx context.Context) error {
 			}
 			a.link.blame(addr)
 			a.log.Warn("lost the member: trying the next", "member", addr, "error", err)
-			if time.Since(up) > maxBackoff {
+			if time.Since(up) > provenAfter {
 				rounds = 0
 				continue
 			}
