@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	kmsapi "go.step.sm/crypto/kms/apiv1"
 	"go.step.sm/crypto/kms/softkms"
+	"go.step.sm/crypto/x509util"
 
 	"countersign.io/countersign/identity"
 )
@@ -54,14 +55,83 @@ func NewX509Authority(td spiffeid.TrustDomain, ttl time.Duration, now time.Time)
 	return newX509Authority(td, kmsapi.ECDSAWithSHA256, ttl, now)
 }
 
-func newX509Authority(td spiffeid.TrustDomain, alg kmsapi.SignatureAlgorithm, ttl time.Duration, now time.Time) (a identity.Authority, pkcs8 []byte, err error) {
+// NewX509AuthorityAt makes a root of the trust domain, as NewX509Authority does, with a key that stays where it is: in
+// the KMS or HSM at uri, which every member must be able to use. It must be P-256 or P-384. The record is active. Errors
+// wrap identity.ErrInvalid where the key or the URI is at fault, and else what the signer says.
+func NewX509AuthorityAt(td spiffeid.TrustDomain, signer crypto.Signer, uri string, ttl time.Duration, now time.Time) (identity.Authority, error) {
+	a, err := newX509AuthorityAt(td, signer, uri, ttl, now)
+	if err != nil {
+		return identity.Authority{}, fmt.Errorf("making an x509 authority with the key at %s: %w", uri, err)
+	}
+	return a, nil
+}
+
+func newX509AuthorityAt(td spiffeid.TrustDomain, signer crypto.Signer, uri string, ttl time.Duration, now time.Time) (a identity.Authority, err error) {
+	if err := checkAuthorityTTL(td, ttl); err != nil {
+		return a, err
+	}
+	if uri == "" || signer == nil {
+		return a, fmt.Errorf("%w: no key, or no URI to find it by", identity.ErrInvalid)
+	}
+	pub := signer.Public()
+	if !isEC(pub) {
+		return a, fmt.Errorf("%w: it is a %T that is not P-256 or P-384: make another key", identity.ErrInvalid, pub)
+	}
+	tmpl := rootTemplate(td, ttl, now)
+	if tmpl.SubjectKeyId, err = x509util.GenerateSubjectKeyID(pub); err != nil {
+		return a, fmt.Errorf("%w: identifying the key: %v", identity.ErrInvalid, err)
+	}
+	// x509 verifies the signature, so that a KMS that signs with another key is found out here.
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, pub, signer)
+	if err != nil {
+		return a, fmt.Errorf("signing: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return a, fmt.Errorf("parsing what was signed: %w", err)
+	}
+	if err := asError(Lint(td, cert, KindRoot)); err != nil {
+		return a, err
+	}
+	a = x509Record(cert)
+	a.KeyURI = uri
+	if a.PublicKey, err = x509.MarshalPKIXPublicKey(pub); err != nil {
+		return identity.Authority{}, fmt.Errorf("encoding its public key: %w", err)
+	}
+	return a, nil
+}
+
+// x509Record is an active authority's record, without its key.
+func x509Record(cert *x509.Certificate) identity.Authority {
+	return identity.Authority{
+		ID:        hex.EncodeToString(cert.SubjectKeyId),
+		Kind:      identity.AuthorityX509,
+		State:     identity.AuthorityActive,
+		Cert:      cert.Raw,
+		NotBefore: cert.NotBefore,
+		NotAfter:  cert.NotAfter,
+	}
+}
+
+func checkAuthorityTTL(td spiffeid.TrustDomain, ttl time.Duration) error {
 	if err := checkTrustDomain(td); err != nil {
-		return a, nil, fmt.Errorf("making an x509 authority: %w", err)
+		return err
 	}
 	if ttl < identity.MinTTL {
-		return a, nil, fmt.Errorf("making an x509 authority: %w: TTL %v: at least %v", identity.ErrInvalid, ttl, identity.MinTTL)
+		return fmt.Errorf("%w: TTL %v: at least %v", identity.ErrInvalid, ttl, identity.MinTTL)
 	}
-	tmpl := caTemplate(td, td.Name(), now.Add(-backdate), now.Add(ttl))
+	return nil
+}
+
+func rootTemplate(td spiffeid.TrustDomain, ttl time.Duration, now time.Time) *x509.Certificate {
+	return caTemplate(td, td.Name(), now.Add(-backdate), now.Add(ttl))
+}
+
+func newX509Authority(td spiffeid.TrustDomain, alg kmsapi.SignatureAlgorithm, ttl time.Duration, now time.Time) (a identity.Authority, pkcs8 []byte, err error) {
+	if err := checkAuthorityTTL(td, ttl); err != nil {
+		return a, nil, fmt.Errorf("making an x509 authority: %w", err)
+	}
+	tmpl := rootTemplate(td, ttl, now)
 	resp, err := createCA(&casapi.CreateCertificateAuthorityRequest{
 		Type: casapi.RootCA, Template: tmpl, Lifetime: ttl,
 		CreateKey: &kmsapi.CreateKeyRequest{SignatureAlgorithm: alg},
@@ -74,13 +144,7 @@ func newX509Authority(td spiffeid.TrustDomain, alg kmsapi.SignatureAlgorithm, tt
 	if err := asError(Lint(td, resp.Certificate, KindRoot)); err != nil {
 		return a, nil, fmt.Errorf("making an x509 authority: %w", err)
 	}
-	return newAuthority(identity.Authority{
-		ID:        hex.EncodeToString(resp.Certificate.SubjectKeyId),
-		Kind:      identity.AuthorityX509,
-		Cert:      resp.Certificate.Raw,
-		NotBefore: resp.Certificate.NotBefore,
-		NotAfter:  resp.Certificate.NotAfter,
-	}, resp.PublicKey, resp.PrivateKey)
+	return newAuthority(x509Record(resp.Certificate), resp.PublicKey, resp.PrivateKey)
 }
 
 // NewJWTAuthority makes a JWT signing key of the trust domain for alg, ES256 or RS256 (RSA-2048), to be used from
@@ -191,24 +255,6 @@ func createCA(req *casapi.CreateCertificateAuthorityRequest) (*casapi.CreateCert
 		return nil, err
 	}
 	return cas.CreateCertificateAuthority(req)
-}
-
-// parseRoot is an x509 authority's certificate, checked to be what the record says it is.
-func parseRoot(td spiffeid.TrustDomain, a *identity.Authority) (*x509.Certificate, error) {
-	cert, err := x509.ParseCertificate(a.Cert)
-	if err != nil {
-		return nil, fmt.Errorf("%w: parsing its certificate: %v", identity.ErrInvalid, err)
-	}
-	if id := hex.EncodeToString(cert.SubjectKeyId); id != a.ID {
-		return nil, fmt.Errorf("%w: its certificate has the subject key ID %s", identity.ErrInvalid, id)
-	}
-	if err := asError(Lint(td, cert, KindRoot)); err != nil {
-		return nil, err
-	}
-	if err := cert.CheckSignatureFrom(cert); err != nil {
-		return nil, fmt.Errorf("%w: its certificate is not self-signed: %v", identity.ErrInvalid, err)
-	}
-	return cert, nil
 }
 
 // openSigner yields an authority's signer, checked to be the one that the record names.

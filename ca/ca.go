@@ -1,6 +1,6 @@
 // Package ca signs: X.509-SVIDs with this member's own issuer, and JWT-SVIDs with the trust domain's shared key.
 //
-// The trust domain has one x509 authority, a self-signed root. Every member makes itself an intermediate under it,
+// The trust domain has one x509 authority, a self-signed root or, below an upstream, an intermediate of that. Every member makes itself an intermediate under it,
 // its issuer: a P-256 key that is born in memory and dies there, in a certificate of path length 0 that is
 // constrained to the trust domain's URIs. So a member signs without the leader, and the root's key is opened only
 // for the moment in which an issuer is made.
@@ -12,7 +12,6 @@
 package ca
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/tls"
@@ -191,7 +190,7 @@ func (c *CA) refreshX509(now time.Time, old *state) (*issuer, *memberCert, error
 		return nil, nil, nil
 	}
 	is, member := old.issuer, old.member
-	if is != nil && (is.authority != want.ID || !bytes.Equal(is.root.Raw, want.Cert)) {
+	if is != nil && !is.authority.is(want) {
 		is, member = nil, nil
 	}
 	var failed error
@@ -296,16 +295,16 @@ func (c *CA) Ready() error {
 	return errors.Join(err1, err2, err3)
 }
 
-// IssuerChain is this member's issuer certificate and then the authority's, DER. It is nil while there is none.
+// IssuerChain is this member's issuer certificate and all above it, up to a root, DER. It is nil while there is none.
 func (c *CA) IssuerChain() [][]byte {
 	if is := c.state.Load().issuer; is != nil {
-		return [][]byte{is.cert.Raw, is.root.Raw}
+		return append(is.chain(nil)[1:], is.authority.root.Raw)
 	}
 	return nil
 }
 
-// MemberCertificate is what this member shows in TLS: its X.509-SVID, its issuer and, so that a client that holds
-// nothing but the hash of the root's key can verify at first contact, the self-signed root. It is renewed by Run, so
+// MemberCertificate is what this member shows in TLS: its X.509-SVID, its issuer, what leads from there to the roots
+// and, so that a client that holds nothing but the hash of the root's key can verify at first contact, that root. It is renewed by Run, so
 // ask for each handshake. The error wraps identity.ErrUnavailable. The value is shared: do not modify it.
 func (c *CA) MemberCertificate() (*tls.Certificate, error) {
 	return c.state.Load().memberAt(c.cfg.Now())

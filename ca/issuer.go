@@ -21,8 +21,7 @@ import (
 // issuer is this member's intermediate. It never changes; its key is in memory alone, and is left to the garbage
 // collector with it, since a signature may still be under way when it is replaced.
 type issuer struct {
-	authority string // ID of the x509 authority above
-	root      *x509.Certificate
+	authority *authority
 	cert      *x509.Certificate
 	key       *ecdsa.PrivateKey // P-256
 	encoder   *leafEncoder
@@ -42,6 +41,11 @@ func (is *issuer) due() time.Time {
 	return is.renewAt
 }
 
+// chain is a leaf and what leads from it to the roots, without them.
+func (is *issuer) chain(leaf []byte) [][]byte {
+	return append([][]byte{leaf, is.cert.Raw}, is.authority.between...)
+}
+
 func (m *memberCert) due() time.Time {
 	if m == nil {
 		return time.Time{}
@@ -54,43 +58,38 @@ func halfLife(now, end time.Time) time.Time { return now.Add(end.Sub(now) / 2) }
 
 // makeIssuer makes a key and has the authority sign a certificate for it.
 func (c *CA) makeIssuer(now time.Time, a *identity.Authority) (*issuer, error) {
-	root, err := parseRoot(c.cfg.TrustDomain, a)
+	above, err := parseAuthority(c.cfg.TrustDomain, a, now)
 	if err != nil {
 		return nil, err
-	}
-	if now.Before(root.NotBefore) {
-		return nil, fmt.Errorf("%w: it is not valid before %v: check the clock", identity.ErrUnavailable, root.NotBefore)
-	}
-	if now.Add(identity.MinTTL).After(root.NotAfter) {
-		return nil, fmt.Errorf("%w: it ended, or is about to, at %v", identity.ErrUnavailable, root.NotAfter)
 	}
 	// A rehearsal under a key that nobody trusts: the authority's is not opened for what fails the lint.
 	stand, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("rehearsing: %w", err)
 	}
-	shadow := *root
+	shadow := *above.cert
 	shadow.PublicKey = stand.Public()
-	if _, _, err := c.signIssuer(now, &shadow, stand); err != nil {
+	if _, _, err := c.signIssuer(now, &shadow, above.end, stand); err != nil {
 		return nil, fmt.Errorf("rehearsing: %w", err)
 	}
-	signer, err := openSigner(a, root.PublicKey, c.want.open)
+	signer, err := openSigner(a, above.cert.PublicKey, c.want.open)
 	if err != nil {
 		return nil, err
 	}
-	cert, key, err := c.signIssuer(now, root, signer)
+	cert, key, err := c.signIssuer(now, above.cert, above.end, signer)
 	if err != nil {
 		return nil, err
 	}
 	return &issuer{
-		authority: a.ID, root: root, cert: cert, key: key,
+		authority: above, cert: cert, key: key,
 		encoder: newLeafEncoder(cert), renewAt: halfLife(now, cert.NotAfter),
 	}, nil
 }
 
-// signIssuer makes an issuer under parent: path length 0, constrained to the URIs of the trust domain.
-func (c *CA) signIssuer(now time.Time, parent *x509.Certificate, signer crypto.Signer) (*x509.Certificate, *ecdsa.PrivateKey, error) {
-	tmpl := caTemplate(c.cfg.TrustDomain, c.cfg.MemberName, later(now.Add(-backdate), parent.NotBefore), earlier(now.Add(c.cfg.IssuerTTL), parent.NotAfter))
+// signIssuer makes an issuer under parent, to end with it and all above it: path length 0, constrained to the URIs of
+// the trust domain.
+func (c *CA) signIssuer(now time.Time, parent *x509.Certificate, end time.Time, signer crypto.Signer) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	tmpl := caTemplate(c.cfg.TrustDomain, c.cfg.MemberName, later(now.Add(-backdate), parent.NotBefore), earlier(now.Add(c.cfg.IssuerTTL), end))
 	tmpl.MaxPathLenZero = true
 	tmpl.PermittedURIDomains = []string{c.cfg.TrustDomain.Name()}
 	tmpl.PermittedDNSDomainsCritical = true // Go's name for the criticality of all name constraints
@@ -148,20 +147,14 @@ func (c *CA) makeMember(now time.Time, is *issuer) (*memberCert, error) {
 	if err != nil {
 		return nil, fmt.Errorf("parsing what was signed: %w", err)
 	}
-	roots, between := x509.NewCertPool(), x509.NewCertPool()
-	roots.AddCert(is.root)
-	between.AddCert(is.cert)
-	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
-		opts := x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage}}
-		if _, err := leaf.Verify(opts); err != nil {
-			return nil, fmt.Errorf("verifying what was signed: %w", err)
-		}
+	if err := is.authority.verifyLeaf(now, leaf, is.cert); err != nil {
+		return nil, fmt.Errorf("verifying what was signed: %w", err)
 	}
 	if !bytes.Equal(leaf.RawTBSCertificate, p.tbs) {
 		return nil, errors.New("verifying what was signed: it is not what was prepared")
 	}
 	return &memberCert{
-		tls:     &tls.Certificate{Certificate: [][]byte{der, is.cert.Raw, is.root.Raw}, PrivateKey: key, Leaf: leaf},
+		tls:     &tls.Certificate{Certificate: append(is.chain(der), is.authority.root.Raw), PrivateKey: key, Leaf: leaf},
 		renewAt: halfLife(now, leaf.NotAfter),
 	}, nil
 }

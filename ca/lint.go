@@ -25,6 +25,9 @@ const (
 	KindRoot   Kind = iota + 1 // an x509 authority, self-signed
 	KindIssuer                 // a member's intermediate
 	KindLeaf                   // an X.509-SVID
+	// KindAuthority is an x509 authority below an upstream. Its maker is not ours: what an upstream may choose is not
+	// linted, only what the standards demand and what the certificates below it need to verify.
+	KindAuthority
 )
 
 // Serials are positive and at the most 20 bytes (RFC 5280 section 4.1.2.2); of 128 random bits, fewer than 64
@@ -58,9 +61,11 @@ func (l *linter) check(ok bool, section, format string, args ...any) {
 // the house's own profile. It does not verify the signature. No finding means that it may be signed or used.
 func Lint(td spiffeid.TrustDomain, cert *x509.Certificate, kind Kind) []Finding {
 	l := &linter{cert: cert}
-	l.basics()
+	l.basics(kind)
 	l.names(td, kind)
 	switch kind {
+	case KindAuthority:
+		l.intermediate()
 	case KindRoot, KindIssuer:
 		l.authority(td, kind)
 	case KindLeaf:
@@ -83,12 +88,16 @@ func asError(findings []Finding) error {
 	return fmt.Errorf("%w: certificate: %s", identity.ErrInvalid, strings.Join(s, "; "))
 }
 
-func (l *linter) basics() {
+func (l *linter) basics(kind Kind) {
 	c := l.cert
+	least := minSerialBits
+	if kind == KindAuthority {
+		least = 1
+	}
 	l.check(c.Version == 3, "RFC 5280 section 4.1.2.1", "version %d, not 3", c.Version)
 	n := c.SerialNumber
-	l.check(n != nil && n.Sign() > 0 && n.BitLen() >= minSerialBits && n.BitLen() <= maxSerialBits,
-		"RFC 5280 section 4.1.2.2", "serial number is not a positive number of %d to %d bits", minSerialBits, maxSerialBits)
+	l.check(n != nil && n.Sign() > 0 && n.BitLen() >= least && n.BitLen() <= maxSerialBits,
+		"RFC 5280 section 4.1.2.2", "serial number is not a positive number of %d to %d bits", least, maxSerialBits)
 	l.check(c.NotBefore.Before(c.NotAfter), "RFC 5280 section 4.1.2.5", "it ends before it starts")
 	l.check(len(c.UnhandledCriticalExtensions) == 0, "RFC 5280 section 4.2", "unknown critical extensions %v", c.UnhandledCriticalExtensions)
 	l.check(len(c.SubjectKeyId) > 0, "RFC 5280 section 4.2.1.2", "no subject key identifier")
@@ -113,6 +122,13 @@ func (l *linter) extension(oid ...int) *pkix.Extension {
 func (l *linter) names(td spiffeid.TrustDomain, kind Kind) {
 	const section = "X509-SVID section 2"
 	san := l.extension(2, 5, 29, 17)
+	if kind == KindAuthority { // it need be no SVID (section 2: of leaves), but one of another trust domain it is not
+		l.check(len(l.cert.URIs) <= 1, section, "%d URI names, more than one", len(l.cert.URIs))
+		if len(l.cert.URIs) == 1 {
+			l.spiffeID(td, kind, l.cert.URIs[0].String())
+		}
+		return
+	}
 	if san == nil {
 		l.check(false, section, "no subject alternative name")
 		return
@@ -186,6 +202,32 @@ func (l *linter) authority(td spiffeid.TrustDomain, kind Kind) {
 		return
 	}
 	l.check(c.MaxPathLen == 0 && c.MaxPathLenZero, "X509-SVID section 4.1", "the path length of a member's issuer is not 0")
+	l.constrained(td)
+}
+
+// intermediate checks an authority below an upstream.
+func (l *linter) intermediate() {
+	c := l.cert
+	l.check(c.IsCA, "X509-SVID section 4.1", "it is not a certificate authority: the upstream issued it for another purpose")
+	l.check(c.KeyUsage&x509.KeyUsageCertSign != 0, "X509-SVID section 4.3", "its key usage does not have keyCertSign")
+	l.check(!c.MaxPathLenZero && c.MaxPathLen != 0, "X509-SVID section 4.1", "its path length is 0: the members' issuers do not fit below it")
+	l.check(isEC(c.PublicKey), "house", "a CA key that is not P-256 or P-384")
+	l.check(!l.emptySubject(), "RFC 5280 section 4.1.2.6", "a CA certificate without a subject")
+	l.check(!bytes.Equal(c.RawSubject, c.RawIssuer), "RFC 5280 section 3.2", "it has its issuer's name")
+}
+
+// lintDownstream is the house's own profile of an authority that we sign for a cluster below.
+func lintDownstream(td spiffeid.TrustDomain, cert *x509.Certificate) []Finding {
+	l := &linter{cert: cert}
+	l.check(cert.MaxPathLen == 1, "X509-SVID section 4.1", "the path length of an authority below is not 1")
+	l.check(len(cert.URIs) == 1 && len(cert.DNSNames)+len(cert.IPAddresses)+len(cert.EmailAddresses) == 0, "X509-SVID section 2", "its name is not the trust domain's ID alone")
+	l.check(cert.KeyUsage == x509.KeyUsageCertSign, "X509-SVID section 4.3", "the key usage of a CA is not keyCertSign alone")
+	l.constrained(td)
+	return l.findings
+}
+
+func (l *linter) constrained(td spiffeid.TrustDomain) {
+	c := l.cert
 	l.check(slices.Equal(c.PermittedURIDomains, []string{td.Name()}) && c.PermittedDNSDomainsCritical && len(c.ExcludedURIDomains) == 0,
 		"X509-SVID section 4.2", "it is not constrained to the URIs of trust domain %s alone", td.Name())
 	l.check(len(c.AuthorityKeyId) > 0, "RFC 5280 section 4.2.1.1", "no authority key identifier")

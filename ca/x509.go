@@ -100,14 +100,14 @@ func (c *CA) lintLeaf(is *issuer, tbs []byte) error {
 	if err := checkUnder(cert, is.cert); err != nil {
 		return err
 	}
-	if bytes.Equal(cert.SubjectKeyId, is.root.SubjectKeyId) {
+	if bytes.Equal(cert.SubjectKeyId, is.authority.cert.SubjectKeyId) {
 		return fmt.Errorf("%w: its key is the authority's", identity.ErrInvalid)
 	}
 	return nil
 }
 
-// Issue signs what was prepared. Only the first call can succeed. The chain is the leaf and the issuer, without the
-// root. The error wraps identity.ErrPrecondition when the token was used, and identity.ErrUnavailable when the
+// Issue signs what was prepared. Only the first call can succeed. The chain is the leaf, the issuer and, below an
+// upstream, the authority and what leads from it to the roots, without those. The error wraps identity.ErrPrecondition when the token was used, and identity.ErrUnavailable when the
 // trust domain gave the authority up since: then prepare again.
 func (p *PreparedX509) Issue() (identity.X509SVID, error) {
 	if p == nil || p.issuer == nil {
@@ -116,15 +116,15 @@ func (p *PreparedX509) Issue() (identity.X509SVID, error) {
 	if p.used.Swap(true) {
 		return identity.X509SVID{}, fmt.Errorf("issuing X.509-SVID for %s: %w: it was issued already", p.svid.ID, identity.ErrPrecondition)
 	}
-	if !p.ca.state.Load().vouched[p.issuer.authority] {
-		return identity.X509SVID{}, fmt.Errorf("issuing X.509-SVID for %s: %w: authority %s is no longer trusted: try again", p.svid.ID, identity.ErrUnavailable, p.issuer.authority)
+	if !p.ca.state.Load().vouched[p.issuer.authority.id] {
+		return identity.X509SVID{}, fmt.Errorf("issuing X.509-SVID for %s: %w: authority %s is no longer trusted: try again", p.svid.ID, identity.ErrUnavailable, p.issuer.authority.id)
 	}
 	der, err := p.issuer.sign(p.tbs)
 	if err != nil {
 		return identity.X509SVID{}, fmt.Errorf("issuing X.509-SVID for %s: %w", p.svid.ID, err)
 	}
 	svid := p.svid
-	svid.Chain = [][]byte{der, p.issuer.cert.Raw}
+	svid.Chain = p.issuer.chain(der)
 	return svid, nil
 }
 
