@@ -128,10 +128,11 @@ type network struct {
 	cut   map[[2]string]bool
 	conns map[[2]string][]net.Conn
 	names map[string]string // address -> name
+	from  map[string]string // local address of a dialed connection -> who dialed
 }
 
 func newNetwork() *network {
-	return &network{cut: map[[2]string]bool{}, conns: map[[2]string][]net.Conn{}, names: map[string]string{}}
+	return &network{cut: map[[2]string]bool{}, conns: map[[2]string][]net.Conn{}, names: map[string]string{}, from: map[string]string{}}
 }
 
 func pair(a, b string) [2]string {
@@ -141,23 +142,40 @@ func pair(a, b string) [2]string {
 	return [2]string{a, b}
 }
 
-func (n *network) dial(from string) func(context.Context, string) (net.Conn, error) {
-	return func(ctx context.Context, address string) (net.Conn, error) {
+// dial connects as TLS between members would: only to the member that is asked for.
+func (n *network) dial(from string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, id, address string) (net.Conn, error) {
 		var d net.Dialer
+		n.mu.Lock() // until the other end can look up who dialed
+		defer n.mu.Unlock()
 		conn, err := d.DialContext(ctx, "tcp", address)
 		if err != nil {
 			return nil, err
 		}
-		n.mu.Lock()
-		defer n.mu.Unlock()
 		p := pair(from, n.names[address])
 		if n.cut[p] {
 			conn.Close()
 			return nil, errors.New("network cut")
 		}
+		if got := n.names[address]; id != "" && got != id {
+			conn.Close()
+			return nil, fmt.Errorf("the certificate is that of %q", got)
+		}
 		n.conns[p] = append(n.conns[p], conn)
+		n.from[conn.LocalAddr().String()] = from
 		return conn, nil
 	}
+}
+
+// peer is who is at the other end.
+func (n *network) peer(conn net.Conn) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	remote := conn.RemoteAddr().String()
+	if name := n.from[remote]; name != "" {
+		return name
+	}
+	return n.names[remote]
 }
 
 // set cuts or heals the link between two members.
@@ -267,8 +285,8 @@ func (c *cluster) tryStart(m *member, bootstrap bool) error {
 	c.net.names[m.address] = m.name
 	c.net.mu.Unlock()
 	m.cfg = Config{
-		ID: m.name, Address: m.address, Dir: m.dir, Machine: m.machine, Listener: l, Dial: c.net.dial(m.name),
-		Bootstrap: bootstrap, Log: testLog(c.t), HeartbeatTimeout: 400 * time.Millisecond, LeaderWait: patience,
+		ID: m.name, Address: m.address, Dir: m.dir, Machine: m.machine, Listener: l, Dial: c.net.dial(m.name), Peer: c.net.peer,
+		Bootstrap: bootstrap, Log: testLog(c.t), HeartbeatTimeout: 400 * time.Millisecond, LeaderWait: patience, StableFor: 50 * time.Millisecond,
 	}
 	if c.tune != nil {
 		c.tune(&m.cfg)

@@ -37,18 +37,18 @@ func (d *dialer) close() {
 	}
 }
 
-// ask forwards a request to the leader at address. Connecting ends with wait, the request with ctx.
-func (d *dialer) ask(ctx, wait context.Context, address string, req request) (answer, error) {
-	l, err := d.link(wait, address)
+// ask forwards a request to the leader, a member, at its address. Connecting ends with wait, the request with ctx.
+func (d *dialer) ask(ctx, wait context.Context, to peerAddress, req request) (answer, error) {
+	l, err := d.link(wait, to)
 	if err != nil {
 		return answer{}, fmt.Errorf("%w: %w", errNotExecuted, err)
 	}
 	return l.ask(ctx, req)
 }
 
-// link is the live connection to address, made now if need be.
-func (d *dialer) link(ctx context.Context, address string) (*link, error) {
-	if l := d.live(address); l != nil {
+// link is the live connection to the leader, made now if need be.
+func (d *dialer) link(ctx context.Context, to peerAddress) (*link, error) {
+	if l := d.live(to); l != nil {
 		return l, nil
 	}
 	select {
@@ -57,10 +57,10 @@ func (d *dialer) link(ctx context.Context, address string) (*link, error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	if l := d.live(address); l != nil { // made while waiting for the turn
+	if l := d.live(to); l != nil { // made while waiting for the turn
 		return l, nil
 	}
-	l, err := d.n.connect(ctx, address)
+	l, err := d.n.connect(ctx, to)
 	if err != nil {
 		return nil, err
 	}
@@ -77,10 +77,10 @@ func (d *dialer) link(ctx context.Context, address string) (*link, error) {
 	return l, nil
 }
 
-func (d *dialer) live(address string) *link {
+func (d *dialer) live(to peerAddress) *link {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.current == nil || d.current.address != address || d.current.dead() {
+	if d.current == nil || d.current.to != to || d.current.dead() {
 		return nil
 	}
 	return d.current
@@ -88,9 +88,9 @@ func (d *dialer) live(address string) *link {
 
 // link is a connection that carries many requests at once.
 type link struct {
-	n       *Node
-	address string
-	conn    net.Conn
+	n    *Node
+	to   peerAddress
+	conn net.Conn
 
 	write sync.Mutex // one frame at a time
 
@@ -100,17 +100,24 @@ type link struct {
 	retired bool
 	err     error         // why it is dead
 	done    chan struct{} // closed with err set
+
+	greet    sync.Once
+	greeted  chan struct{} // closed when the other side has said its protocol
+	protocol uint32        // set before greeted is closed
 }
 
-// connect dials a forwarding connection and starts reading answers.
-func (n *Node) connect(ctx context.Context, address string) (*link, error) {
+// connect dials a forwarding connection to a member ("" as id: whoever answers) and starts reading answers.
+func (n *Node) connect(ctx context.Context, to peerAddress) (*link, error) {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.RPCTimeout)
 	defer cancel()
-	conn, err := n.mux.dial(ctx, address, connForward)
+	conn, err := n.mux.dial(ctx, to.ID, to.Address, connForward)
 	if err != nil {
 		return nil, err
 	}
-	l := &link{n: n, address: address, conn: conn, pending: map[uint64]chan frame{}, done: make(chan struct{})}
+	l := &link{
+		n: n, to: to, conn: conn, pending: map[uint64]chan frame{},
+		done: make(chan struct{}), greeted: make(chan struct{}),
+	}
 	n.spawn(l.read)
 	n.spawn(l.ping)
 	return l, nil
@@ -145,13 +152,37 @@ func (l *link) retire() {
 	}
 }
 
+// errOld: the other member runs a program that does not know the request. Nothing was sent.
+var errOld = errors.New("the other member runs an older program")
+
+// knows waits until the other side has said its protocol, and tells whether it has this request.
+func (l *link) knows(ctx context.Context, k frameKind) error {
+	if k.since() == 1 {
+		return nil
+	}
+	select {
+	case <-l.greeted:
+	case <-l.done:
+		return fmt.Errorf("%w: the connection to %s ended", errNotExecuted, l.to.Address)
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", errNotExecuted, ctx.Err())
+	}
+	if l.protocol < k.since() {
+		return errOld
+	}
+	return nil
+}
+
 // ask sends a request and waits for its answer.
 func (l *link) ask(ctx context.Context, req request) (answer, error) {
+	if err := l.knows(ctx, req.kind); err != nil {
+		return answer{}, err
+	}
 	reply := make(chan frame, 1)
 	l.mu.Lock()
 	if l.err != nil || l.retired {
 		l.mu.Unlock()
-		return answer{}, fmt.Errorf("%w: the connection to %s ended", errNotExecuted, l.address)
+		return answer{}, fmt.Errorf("%w: the connection to %s ended", errNotExecuted, l.to.Address)
 	}
 	l.next++
 	id := l.next
@@ -169,7 +200,7 @@ func (l *link) ask(ctx context.Context, req request) (answer, error) {
 	// From the first byte on, the leader may have it all.
 	if err := l.send(b); err != nil {
 		l.fail(err)
-		return answer{}, fmt.Errorf("%w: sending to the leader at %s: %w", ErrUnknownOutcome, l.address, err)
+		return answer{}, fmt.Errorf("%w: sending to the leader at %s: %w", ErrUnknownOutcome, l.to.Address, err)
 	}
 	select {
 	case f := <-reply:
@@ -182,7 +213,7 @@ func (l *link) ask(ctx context.Context, req request) (answer, error) {
 	case f := <-reply:
 		return l.outcome(f)
 	default:
-		return answer{}, fmt.Errorf("%w: the connection to the leader at %s ended before its answer: %w", ErrUnknownOutcome, l.address, l.err)
+		return answer{}, fmt.Errorf("%w: the connection to the leader at %s ended before its answer: %w", ErrUnknownOutcome, l.to.Address, l.err)
 	}
 }
 
@@ -206,7 +237,7 @@ func (l *link) send(b []byte) error {
 
 func (l *link) outcome(f frame) (answer, error) {
 	why := func(sentinel error) error {
-		return fmt.Errorf("the leader at %s: %s: %w", l.address, f.payload, sentinel)
+		return fmt.Errorf("the leader at %s: %s: %w", l.to.Address, f.payload, sentinel)
 	}
 	switch f.kind {
 	case kindOK:
@@ -232,15 +263,15 @@ func (l *link) ping() {
 		l.fail(err)
 		return
 	}
-	for {
+	for { // the first at once: its answer says which protocol the other side speaks
+		if err := l.send(b); err != nil {
+			l.fail(err)
+			return
+		}
 		select {
 		case <-l.done:
 			return
 		case <-tick.C:
-			if err := l.send(b); err != nil {
-				l.fail(err)
-				return
-			}
 		}
 	}
 }
@@ -252,13 +283,20 @@ func (l *link) read() {
 		f, err := readFrame(r)
 		if err != nil {
 			if errors.Is(err, errFrame) {
-				l.n.log.Warn("closing the connection to the leader: its answer makes no sense", "address", l.address, "error", err)
+				l.n.log.Warn("closing the connection to the leader: its answer makes no sense", "address", l.to.Address, "error", err)
 			}
 			l.fail(err)
 			return
 		}
 		switch f.kind {
 		case kindPong:
+			l.greet.Do(func() {
+				l.protocol = 1
+				if len(f.payload) > 0 {
+					l.protocol = uint32(f.payload[0])
+				}
+				close(l.greeted)
+			})
 			continue
 		case kindGoodbye:
 			l.retire()

@@ -83,7 +83,7 @@ func TestRefusedRequests(t *testing.T) {
 	c := newCluster(t, 1, nil)
 	m := c.members[0]
 	c.propose(m, "x")
-	l, err := m.connect(within(t), m.address)
+	l, err := m.connect(within(t), peerAddress{m.name, m.address})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,7 +162,7 @@ func TestGarbageToClient(t *testing.T) {
 					io.Copy(io.Discard, conn)
 				}
 			})
-			l, err := m.connect(within(t), address)
+			l, err := m.connect(within(t), peerAddress{"", address})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -366,7 +366,7 @@ func TestGoodbye(t *testing.T) {
 		}
 		closed <- err
 	})
-	l, err := c.members[0].connect(within(t), address)
+	l, err := c.members[0].connect(within(t), peerAddress{"", address})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,6 +22,9 @@ const (
 	maxPayload   = MaxCommand + 1024 // an answer has an index or an error before its bytes
 )
 
+// protocol is what this program speaks on forwarding connections. The frames of protocol 1 are unchanged in it.
+const protocol = 2
+
 type frameKind byte
 
 const (
@@ -29,14 +32,22 @@ const (
 	kindAdd     frameKind = 2 // payload: id, 0, address
 	kindRemove  frameKind = 3 // payload: id
 	kindBarrier frameKind = 4 // no payload
-	kindStatus  frameKind = 5 // no payload; answered by any member: its applied index
-	kindPing    frameKind = 6 // no payload; answered at once
+	// kindStatus is answered by any member: its applied index. Since protocol 2 it has a payload, the asker's
+	// word; then the answerer's is the result. An older member ignores the one and sends none.
+	kindStatus frameKind = 5
+	kindPing   frameKind = 6 // no payload; answered at once
+
+	// Since protocol 2. An older member takes them for garbage and closes the connection, so they are sent only
+	// to one that has said its protocol in a pong.
+	kindTerm      frameKind = 7 // no payload; answered by any member: its term in the index's place
+	kindReadIndex frameKind = 8 // no payload
+	kindTransfer  frameKind = 9 // payload: id of the next leader, or none
 
 	kindOK          frameKind = 0x81 // payload: index (8 bytes), result
 	kindNotExecuted frameKind = 0x82 // payload: why; trying again is safe
 	kindUnknown     frameKind = 0x83 // payload: why; the outcome is unknown
 	kindRefused     frameKind = 0x84 // payload: why; trying again is useless
-	kindPong        frameKind = 0x85 // no payload
+	kindPong        frameKind = 0x85 // payload: the protocol (1 byte); none is protocol 1
 	kindGoodbye     frameKind = 0x86 // no payload, to no request: ask another member from now on
 )
 
@@ -50,7 +61,15 @@ type frame struct {
 }
 
 func (k frameKind) known() bool {
-	return k >= kindPropose && k <= kindPing || k >= kindOK && k <= kindGoodbye
+	return k >= kindPropose && k <= kindTransfer || k >= kindOK && k <= kindGoodbye
+}
+
+// since is the protocol that a request came with.
+func (k frameKind) since() uint32 {
+	if k >= kindTerm && k <= kindTransfer {
+		return 2
+	}
+	return 1
 }
 
 // appendFrame encodes a frame.

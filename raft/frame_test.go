@@ -57,7 +57,7 @@ func TestBadFrames(t *testing.T) {
 		"version 0":  header(0, 1, 1, 0),
 		"version 2":  header(2, 1, 1, 0),
 		"kind 0":     header(1, 0, 1, 0),
-		"kind 7":     header(1, 7, 1, 0),
+		"kind 10":    header(1, 10, 1, 0),
 		"kind 0x80":  header(1, 0x80, 1, 0),
 		"kind 0x87":  header(1, 0x87, 1, 0),
 		"oversize":   header(1, 1, 1, maxPayload+1),

@@ -102,16 +102,32 @@ func (m *mux) dispatch(conn *trackedConn) {
 	}
 }
 
-// dial connects to another member and says what the connection is for.
-func (m *mux) dial(ctx context.Context, address string, kind byte) (net.Conn, error) {
-	conn, err := m.n.cfg.Dial(ctx, address)
+// dial connects to the member with this id ("": whoever answers) and says what the connection is for.
+func (m *mux) dial(ctx context.Context, id, address string, kind byte) (*trackedConn, error) {
+	conn, err := m.dialOnce(ctx, id, address, kind)
+	switch {
+	case err != nil && id != "":
+		m.n.book.failed(id, address)
+		return nil, fmt.Errorf("dialing member %s at %s: %w", id, address, err)
+	case err != nil:
+		return nil, fmt.Errorf("dialing a member at %s: %w", address, err)
+	}
+	return conn, nil
+}
+
+func (m *mux) dialOnce(ctx context.Context, id, address string, kind byte) (*trackedConn, error) {
+	conn, err := m.n.cfg.Dial(ctx, id, address)
 	if err != nil {
-		return nil, fmt.Errorf("dialing member at %s: %w", address, err)
+		return nil, err
+	}
+	if got := m.n.peer(conn); id != "" && got != "" && got != id {
+		conn.Close()
+		return nil, fmt.Errorf("member %q answers there: %w", got, errOther)
 	}
 	conn.SetWriteDeadline(time.Now().Add(m.n.cfg.RPCTimeout))
 	if _, err := conn.Write([]byte{kind}); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("dialing member at %s: %w", address, err)
+		return nil, err
 	}
 	conn.SetWriteDeadline(time.Time{})
 	tracked, err := m.track(conn, 0)
@@ -120,6 +136,20 @@ func (m *mux) dial(ctx context.Context, address string, kind byte) (net.Conn, er
 		return nil, err
 	}
 	return tracked, nil
+}
+
+// errOther: another member answers where one was looked for.
+var errOther = errors.New("another member than the one dialed")
+
+// peer is the authenticated member at the other end of a connection, "" if that is not known.
+func (n *Node) peer(conn net.Conn) string {
+	if n.cfg.Peer == nil {
+		return ""
+	}
+	if t, ok := conn.(*trackedConn); ok {
+		conn = t.Conn
+	}
+	return n.cfg.Peer(conn)
 }
 
 // Accept implements net.Listener for raft.
@@ -137,7 +167,8 @@ func (m *mux) Dial(address hraft.ServerAddress, timeout time.Duration) (net.Conn
 	// A member that swallows packets must not keep heartbeats to it waiting once it is back.
 	ctx, cancel := context.WithTimeout(m.n.ctx, min(timeout, max(time.Second, 2*m.n.cfg.HeartbeatTimeout)))
 	defer cancel()
-	return m.dial(ctx, string(address), connRaft)
+	id, at := splitTarget(address)
+	return m.dial(ctx, id, at, connRaft)
 }
 
 // Addr implements net.Listener: the address that the other members know.

@@ -34,6 +34,7 @@ type logStore struct {
 	mu      sync.Mutex
 	first   uint64 // 0 when empty
 	last    uint64
+	term    uint64 // of the last entry
 	command uint64 // index of the last command in the log, 0 if none
 
 	runFrom uint64 // as found on opening: from here to the last entry there is no gap
@@ -140,7 +141,7 @@ func (s *logStore) noteLocked(l *hraft.Log) {
 	if s.first == 0 {
 		s.first = l.Index
 	}
-	s.last = l.Index
+	s.last, s.term = l.Index, l.Term
 	if l.Type == hraft.LogCommand {
 		s.command = l.Index
 	}
@@ -172,6 +173,47 @@ func (s *logStore) lastCommand() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.command
+}
+
+// typeOf is the type of the entry at index; ok is false if there is none.
+func (s *logStore) typeOf(b *bolt.Bucket, index uint64) (t hraft.LogType, ok bool) {
+	v := b.Get(indexKey(index))
+	if len(v) < recordFixed {
+		return 0, false
+	}
+	return hraft.LogType(v[1]), true
+}
+
+// commandUpTo is the index of the newest command in the log that is not above the given index, 0 if it has none.
+func (s *logStore) commandUpTo(index uint64) (command uint64, err error) {
+	if newest := s.lastCommand(); newest <= index {
+		return newest, nil
+	}
+	err = s.db.View(func(tx *bolt.Tx) error {
+		b := tx.Bucket(bucketLog())
+		for i := index; i > 0; i-- { // mostly one step: under load nearly every entry is a command
+			t, ok := s.typeOf(b, i)
+			if !ok {
+				return nil
+			}
+			if t == hraft.LogCommand {
+				command = i
+				return nil
+			}
+		}
+		return nil
+	})
+	return command, err
+}
+
+// lastTerm is the term of the last entry, or other if the log is empty.
+func (s *logStore) lastTerm(other uint64) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.last == 0 {
+		return other
+	}
+	return s.term
 }
 
 // GetLog implements hraft.LogStore.
@@ -235,7 +277,7 @@ func (s *logStore) DeleteRange(from, to uint64) error {
 }
 
 func (s *logStore) deleteOnce(from, to uint64) error {
-	var first, last, command uint64
+	var first, last, term, command uint64
 	err := s.db.Update(func(tx *bolt.Tx) error {
 		c := tx.Bucket(bucketLog()).Cursor()
 		start, end := indexKey(from), indexKey(to)
@@ -250,6 +292,9 @@ func (s *logStore) deleteOnce(from, to uint64) error {
 		k, v := c.Last()
 		if k != nil {
 			last = binary.BigEndian.Uint64(k)
+			if len(v) >= recordFixed {
+				term = binary.BigEndian.Uint64(v[2:10])
+			}
 		}
 		// Backwards to the newest command: mostly one step, at most the uncommitted end of the log.
 		for ; k != nil && command == 0; k, v = c.Prev() {
@@ -264,7 +309,7 @@ func (s *logStore) deleteOnce(from, to uint64) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.first, s.last, s.command = first, last, command
+	s.first, s.last, s.term, s.command = first, last, term, command
 	return nil
 }
 

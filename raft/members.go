@@ -132,11 +132,6 @@ func (n *Node) hasCaughtUp(ctx context.Context, m Member) bool {
 	ctx, cancel := context.WithTimeout(ctx, n.cfg.RPCTimeout)
 	defer cancel()
 	want := n.fsm.appliedIndex()
-	l, err := n.connect(ctx, m.Address)
-	if err != nil {
-		return false // not up yet
-	}
-	defer l.retire()
-	a, err := l.ask(ctx, request{kind: kindStatus})
-	return err == nil && a.index+caughtUp >= want
+	w, err := n.askWord(ctx, m)
+	return err == nil && w.Applied+caughtUp >= want
 }

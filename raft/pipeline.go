@@ -36,7 +36,7 @@ const pipelineRoom = 128
 
 // AppendEntriesPipeline implements hraft.Transport.
 func (t *transport) AppendEntriesPipeline(id hraft.ServerID, target hraft.ServerAddress) (hraft.AppendPipeline, error) {
-	inner, err := t.NetworkTransport.AppendEntriesPipeline(id, target)
+	inner, err := t.NetworkTransport.AppendEntriesPipeline(id, t.target(id, target))
 	if err != nil {
 		return nil, err
 	}

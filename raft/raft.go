@@ -21,11 +21,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	hraft "github.com/hashicorp/raft"
 
@@ -40,52 +38,15 @@ var (
 	ErrUnknownOutcome = errors.New("unknown outcome")
 	// ErrTooLarge: the command has more than MaxCommand bytes; nothing was changed.
 	ErrTooLarge = errors.New("command too large")
-	// ErrRefused: the leader refused a change of the membership; nothing was changed.
-	ErrRefused = errors.New("membership change refused")
+	// ErrRefused: the leader refused the request (a change of the membership, a command that Config.Check does
+	// not let pass); nothing was changed, and trying again is useless.
+	ErrRefused = errors.New("refused by the leader")
 	// ErrClosed: the node is closing or closed; nothing was changed.
 	ErrClosed = errors.New("raft node closed")
 )
 
 // MaxCommand is the largest command, in bytes, that Propose takes.
 const MaxCommand = 4 << 20
-
-// Config is what a node needs. The zero value of each timing field means its default.
-type Config struct {
-	// ID names this member for all time. Address is where the others dial it.
-	ID, Address string
-	// Dir is this node's own folder, made with mode 0700 if absent; the folder above it must exist.
-	Dir string
-	// Machine is driven by the log, from inside Open on.
-	Machine StateMachine
-	// Listener gives authenticated connections of other members. The node owns it: Close closes it.
-	Listener net.Listener
-	// Dial makes an authenticated connection to another member.
-	Dial func(ctx context.Context, address string) (net.Conn, error)
-	// Bootstrap makes this member the first of a new cluster if its folder is empty, and is ignored otherwise.
-	Bootstrap bool
-	// Log gets raft's warnings and errors. Nil discards them.
-	Log *slog.Logger
-
-	// HeartbeatTimeout is how long a follower waits for a leader before it asks for votes; the actual wait
-	// is random between this and twice this. At least 20 ms; default 500 ms. The election timeout is the same.
-	HeartbeatTimeout time.Duration
-	// LeaseTimeout is how long a leader goes on without hearing from a quorum; not above HeartbeatTimeout,
-	// which is the default.
-	LeaseTimeout time.Duration
-	// LeaderWait bounds how long a request waits for a leader to take it; default 10 s.
-	LeaderWait time.Duration
-	// RPCTimeout bounds one exchange with another member, and connecting; default 5 s.
-	RPCTimeout time.Duration
-
-	// SnapshotThreshold is how many log entries make a snapshot worth taking; default 8192.
-	SnapshotThreshold uint64
-	// SnapshotInterval is how often that is checked (up to twice this, at random); default 30 s.
-	SnapshotInterval time.Duration
-	// TrailingLogs is how many entries stay in the log behind a snapshot, for followers that lag; default 10240.
-	TrailingLogs uint64
-
-	commitTimeout time.Duration // raft's fallback for what pipeline.go does; default 50 ms, longer in its test
-}
 
 // Node is one member's part of the replicated log. All methods can be called concurrently.
 type Node struct {
@@ -103,7 +64,10 @@ type Node struct {
 
 	fresh *freshness
 	lead  leadership
-	out   dialer // the connection to the leader for forwarded requests
+	out   dialer   // the connection to the leader for forwarded requests
+	peers contacts // connections to each member, for what members ask each other
+	book  *book    // where each member was last
+	gone  removal  // whether this member was removed
 
 	ctx    context.Context // ends when Close stops the goroutines
 	cancel context.CancelFunc
@@ -122,68 +86,6 @@ type Node struct {
 	goodbye   chan struct{} // closed when the others shall ask elsewhere
 	closeOnce sync.Once
 	closeErr  error
-}
-
-// withDefaults validates and fills in what is zero.
-func (c Config) withDefaults() (Config, error) {
-	var errs []error
-	need := func(ok bool, what string) {
-		if !ok {
-			errs = append(errs, errors.New(what))
-		}
-	}
-	need(c.ID != "", "ID is empty")
-	need(c.Address != "", "Address is empty")
-	need(c.Dir != "", "Dir is empty")
-	need(c.Machine != nil, "Machine is nil")
-	need(c.Listener != nil, "Listener is nil")
-	need(c.Dial != nil, "Dial is nil")
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
-	def := func(d *time.Duration, v time.Duration) {
-		if *d == 0 {
-			*d = v
-		}
-	}
-	def(&c.HeartbeatTimeout, 500*time.Millisecond)
-	def(&c.LeaseTimeout, c.HeartbeatTimeout)
-	def(&c.LeaderWait, 10*time.Second)
-	def(&c.RPCTimeout, 5*time.Second)
-	def(&c.SnapshotInterval, 30*time.Second)
-	def(&c.commitTimeout, 50*time.Millisecond)
-	if c.SnapshotThreshold == 0 {
-		c.SnapshotThreshold = 8192
-	}
-	if c.TrailingLogs == 0 {
-		c.TrailingLogs = 10240
-	}
-	need(c.HeartbeatTimeout >= 20*time.Millisecond, "HeartbeatTimeout is below 20ms")
-	need(c.LeaseTimeout >= 5*time.Millisecond && c.LeaseTimeout <= c.HeartbeatTimeout, "LeaseTimeout is not between 5ms and HeartbeatTimeout")
-	need(c.LeaderWait > 0 && c.RPCTimeout > 0, "LeaderWait or RPCTimeout is negative")
-	if err := errors.Join(errs...); err != nil {
-		return c, fmt.Errorf("checking raft configuration: %w", err)
-	}
-	return c, nil
-}
-
-func (c Config) hraft(restore bool, notify chan<- bool) *hraft.Config {
-	h := hraft.DefaultConfig()
-	h.LocalID = hraft.ServerID(c.ID)
-	h.HeartbeatTimeout = c.HeartbeatTimeout
-	h.ElectionTimeout = c.HeartbeatTimeout
-	h.LeaderLeaseTimeout = c.LeaseTimeout
-	h.CommitTimeout = c.commitTimeout
-	h.SnapshotThreshold = c.SnapshotThreshold
-	h.SnapshotInterval = c.SnapshotInterval
-	h.TrailingLogs = c.TrailingLogs
-	// A removed member goes on as a follower without a vote: its state is then stale, which Staleness says.
-	h.ShutdownOnRemove = false
-	h.NoLegacyTelemetry = true
-	h.NoSnapshotRestoreOnStart = !restore
-	h.NotifyCh = notify
-	h.Logger = newHCLog(c.Log, slog.LevelError, nil)
-	return h
 }
 
 // Open starts the node: it takes the folder, checks the log, brings the state machine up to the newest
@@ -205,6 +107,8 @@ func Open(cfg Config) (_ *Node, err error) {
 	n.serving.init()
 	n.lead.init()
 	n.out.init(n)
+	n.peers.init(n)
+	n.gone.init()
 	defer func() {
 		if err != nil {
 			n.undo()
@@ -223,6 +127,7 @@ func Open(cfg Config) (_ *Node, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening raft snapshots: %w", err)
 	}
+	n.book = newBook(cfg.ID)
 	n.fsm = newFSM(cfg.Machine, n.fail)
 	restore, err := checkStart(n.logs, snaps, n.fsm)
 	if err != nil {
@@ -255,6 +160,7 @@ func (n *Node) start(snaps hraft.SnapshotStore, restore bool) error {
 	n.spawn(n.transport.pump)
 	n.spawn(n.mux.accept)
 	n.spawn(func() { n.watchLeadership(notify) })
+	n.spawn(n.keepInTouch)
 	n.watchLeader()
 	return nil
 }
@@ -363,6 +269,7 @@ func (n *Node) undo() error {
 	n.cancel()
 	n.wgMu.Unlock()
 	n.out.close()
+	n.peers.close()
 	if n.raft != nil {
 		stopped := n.raft.Shutdown()
 		// Raft's goroutines may be in an exchange with a member that does not answer: end it.

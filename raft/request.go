@@ -67,7 +67,8 @@ func (g *gauge) drain(limit time.Duration) {
 // so a read here sees the write.
 //
 // The command is carried out at most once. Errors wrap ErrNoLeader (nothing was done; it waited for a leader
-// until ctx ended or for Config.LeaderWait), ErrUnknownOutcome (sent, answer lost), ErrTooLarge or ErrClosed.
+// until ctx ended or for Config.LeaderWait), ErrUnknownOutcome (sent, answer lost), ErrRefused (Config.Check on
+// the leader did not let it pass), ErrTooLarge or ErrClosed.
 // ErrNoLeader and ErrUnknownOutcome also wrap ctx's error where that was the reason.
 func (n *Node) Propose(ctx context.Context, cmd []byte) ([]byte, error) {
 	if len(cmd) > MaxCommand {
@@ -134,7 +135,7 @@ func (n *Node) ask(ctx context.Context, req request) (answer, error) {
 		case n.self:
 			a, err = n.carryOut(ctx, req)
 		default:
-			a, err = n.out.ask(ctx, wait, string(address), req)
+			a, err = n.out.ask(ctx, wait, peerAddress{string(id), string(address)}, req)
 		}
 		if !errors.Is(err, errNotExecuted) {
 			return a, err
@@ -196,6 +197,11 @@ func (n *Node) carryOut(ctx context.Context, req request) (answer, error) {
 func (n *Node) execute(req request) (answer, error) {
 	switch req.kind {
 	case kindPropose:
+		if check := n.cfg.Check; check != nil {
+			if err := check(req.payload); err != nil {
+				return answer{}, fmt.Errorf("%w: %w", ErrRefused, err)
+			}
+		}
 		f := n.raft.Apply(req.payload, n.cfg.LeaderWait)
 		if err := f.Error(); err != nil {
 			return answer{}, classify(err)
@@ -210,6 +216,10 @@ func (n *Node) execute(req request) (answer, error) {
 			return answer{}, classify(err)
 		}
 		return answer{index: n.fsm.appliedIndex()}, nil
+	case kindReadIndex:
+		return n.readIndex()
+	case kindTransfer:
+		return n.transferNow(string(req.payload))
 	case kindAdd:
 		return n.addNow(req.payload)
 	case kindRemove:

@@ -7,8 +7,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	hraft "github.com/hashicorp/raft"
 )
 
 const (
@@ -21,13 +25,14 @@ const (
 type served struct {
 	n    *Node
 	conn net.Conn
+	peer string // who asks, "" if not known
 
 	write sync.Mutex
 }
 
 // serve answers the requests of another member until the connection ends.
 func (n *Node) serve(conn net.Conn) {
-	s := &served{n: n, conn: conn}
+	s := &served{n: n, conn: conn, peer: n.peer(conn)}
 	ctx, cancel := context.WithCancel(n.ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -55,10 +60,14 @@ func (n *Node) serve(conn net.Conn) {
 		}
 		switch f.kind {
 		case kindPing:
-			err = s.reply(frame{kind: kindPong, id: f.id})
-		case kindStatus:
-			err = s.reply(frame{kind: kindOK, id: f.id, payload: answer{index: n.fsm.appliedIndex()}.payload()})
-		case kindPropose, kindBarrier, kindAdd, kindRemove:
+			err = s.reply(frame{kind: kindPong, id: f.id, payload: []byte{protocol}})
+		case kindTerm:
+			err = s.reply(frame{kind: kindOK, id: f.id, payload: answer{index: n.raft.CurrentTerm()}.payload()})
+		case kindPropose, kindBarrier, kindAdd, kindRemove, kindStatus, kindReadIndex, kindTransfer:
+			if f.kind == kindStatus && len(f.payload) == 0 { // of protocol 1
+				err = s.reply(frame{kind: kindOK, id: f.id, payload: answer{index: n.fsm.appliedIndex()}.payload()})
+				break
+			}
 			select {
 			case slots <- struct{}{}:
 				n.inflight.add() // until the answer is on its way: Close waits for that
@@ -81,13 +90,25 @@ func (n *Node) serve(conn net.Conn) {
 	}
 }
 
+// stranger tells whether the authenticated asker is none of the members, as far as the leader knows: a member
+// that was removed still has its certificate for a while.
+func (n *Node) stranger(peer string) bool {
+	return peer != "" && n.raft.State() == hraft.Leader && !slices.ContainsFunc(n.Members(), func(m Member) bool { return m.ID == peer })
+}
+
 // handle carries out one request. It is not passed on again: a member that no longer leads says so.
 func (s *served) handle(ctx context.Context, f frame) {
 	ctx, cancel := context.WithTimeout(ctx, serveWithin)
 	defer cancel()
 	var a answer
 	err := fmt.Errorf("%w: this member is closing", errNotExecuted)
-	if !s.n.closing.Load() {
+	switch {
+	case f.kind == kindStatus:
+		a, err = s.n.tell(ctx, s.peer, f.payload), nil
+	case s.n.closing.Load():
+	case s.n.stranger(s.peer):
+		err = fmt.Errorf("%w: %q is not a member of this cluster, or no longer", ErrRefused, s.peer)
+	default:
 		a, err = s.n.carryOut(ctx, request{f.kind, f.payload})
 	}
 	out := frame{id: f.id}
@@ -99,7 +120,7 @@ func (s *served) handle(ctx context.Context, f frame) {
 	case errors.Is(err, errNotExecuted):
 		out.kind, out.payload = kindNotExecuted, []byte(err.Error())
 	case errors.Is(err, ErrRefused):
-		out.kind, out.payload = kindRefused, []byte(err.Error())
+		out.kind, out.payload = kindRefused, []byte(strings.TrimPrefix(err.Error(), ErrRefused.Error()+": "))
 	default:
 		out.kind, out.payload = kindUnknown, []byte(err.Error())
 	}

@@ -244,8 +244,8 @@ func (m *member) openKey(a identity.Authority) (crypto.Signer, error) {
 // replicate starts raft, and makes what writes through it.
 func (m *member) replicate(ctx context.Context) error {
 	c := m.c
-	dialer := tls.Dialer{Config: server.MemberTLS(m.tls, "")}
-	dial := func(ctx context.Context, address string) (net.Conn, error) {
+	dial := func(ctx context.Context, id, address string) (net.Conn, error) {
+		dialer := tls.Dialer{Config: server.MemberTLS(m.tls, id)}
 		return dialer.DialContext(ctx, "tcp", address)
 	}
 	var err error
