@@ -56,7 +56,7 @@ func TestOpenAfterFault(t *testing.T) {
 		}, "not closed cleanly"},
 		{"damaged marker", func(t *testing.T, dir string, _ []byte) { write(t, filepath.Join(dir, markerFile), []byte("{")) }, "marker is damaged"},
 		{"marker of another format", func(t *testing.T, dir string, db []byte) {
-			m, err := measure(filepath.Join(dir, dbFile))
+			m, err := measure(filepath.Join(dir, dbFile), 1)
 			if err != nil {
 				t.Fatal(err)
 			}

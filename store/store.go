@@ -1,12 +1,14 @@
-// Package store is the replicated state: entries, kube clusters, agents, join tokens, authorities and members.
+// Package store is the replicated state: entries, kube clusters, agents, join tokens, authorities, members, the terms of the
+// seal, and what other clusters of the trust domain publish.
 //
 // A write is a command that a Writer proposes to the log; every member's Store applies the same commands in the
 // same order (it is the raft package's StateMachine). Apply knows no clock, no randomness and no network: what
 // it needs is in the command, so that the same log gives the same bytes on every member. Two rules follow.
 // What a command may say is checked by the Writer, before it is in the log: such checks may change between
 // versions. What Apply itself refuses depends on the state and the command alone and is part of the command
-// version: changing it means a new version. And a command that this version does not know stops the store:
-// a member that skipped it would have another state than its peers, without anybody noticing.
+// version: changing it means a new version, or a new Level. And a command that this version does not know stops the store:
+// a member that skipped it would have another state than its peers, without anybody noticing. So that members of two versions
+// can be in one cluster, what the newer one adds waits for the cluster's level.
 //
 // On disk the state is a bbolt file without fsyncs. A crash throws it away, and raft rebuilds it from its newest
 // snapshot and its log; only a clean shutdown leaves a marker that makes the file count. In memory are the decoded
@@ -193,5 +195,5 @@ func (s *Store) closeState() error {
 	if s.discard {
 		return nil
 	}
-	return writeMarker(s.dir)
+	return writeMarker(s.dir, s.Level())
 }

@@ -9,6 +9,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"countersign.io/countersign/identity"
+	"countersign.io/countersign/raft"
 )
 
 // Log is where commands become the state. Propose returns what ApplyBatch answered for the command, after it was
@@ -40,6 +41,9 @@ func propose[T any](ctx context.Context, w *Writer, typ string, now time.Time, d
 	if err != nil {
 		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 			return out, fmt.Errorf("proposing %s: %w", typ, err)
+		}
+		if errors.Is(err, raft.ErrRefused) { // the leader runs an older version: see Check
+			return out, fmt.Errorf("%w: proposing %s: %w", identity.ErrPrecondition, typ, err)
 		}
 		return out, fmt.Errorf("%w: proposing %s: %w", identity.ErrUnavailable, typ, err)
 	}
