@@ -37,7 +37,7 @@ func OpenSigner(u URI) (crypto.Signer, error) {
 }
 
 // CreateSigner makes a P-256 key pair that the token does not give away. One that is there already, with the URI's label
-// and ID, is an error.
+// and ID, is ErrExists.
 func CreateSigner(u URI) (crypto.Signer, error) {
 	m, err := load(u)
 	if err != nil {
@@ -46,7 +46,7 @@ func CreateSigner(u URI) (crypto.Signer, error) {
 	k := &signer{m: m}
 	err = m.with(func(s *session) error {
 		if _, err := s.one(pkcs11.CKO_PRIVATE_KEY); err == nil {
-			return fmt.Errorf("%w: %s has key %s already: choose another label, or open it", ErrKeyType, u.token(), u.key())
+			return fmt.Errorf("%w: %s of %s: choose another label, or open it", ErrExists, u.key(), u.token())
 		} else if !errors.Is(err, ErrNoKey) {
 			return err
 		}

@@ -204,7 +204,7 @@ func TestSigner(t *testing.T) {
 	if _, err := k.Sign(rand.Reader, []byte("no digest"), crypto.SHA256); err == nil {
 		t.Error("signed what is no digest")
 	}
-	if _, err := CreateSigner(uri(t, tok.URI("ca"))); !errors.Is(err, ErrKeyType) {
+	if _, err := CreateSigner(uri(t, tok.URI("ca"))); !errors.Is(err, ErrExists) {
 		t.Errorf("made a second key of the name: %v", err)
 	}
 	if _, err := OpenSigner(uri(t, tok.URI("none"))); !errors.Is(err, ErrNoKey) {

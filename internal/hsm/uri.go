@@ -25,6 +25,8 @@ var (
 	ErrNoKey = errors.New("the token has no such key")
 	// ErrKeyType: there is an object of that name which is not a key that can be used so.
 	ErrKeyType = errors.New("the token's key is of another kind")
+	// ErrExists: a key is to be made that is there.
+	ErrExists = errors.New("the token has the key already")
 	// ErrOpen: the token refused a ciphertext.
 	ErrOpen = errors.New("the ciphertext does not open with the token's key")
 	// ErrPIN: the PIN is missing, or the token refused it. It is in no error.
