@@ -61,6 +61,12 @@ type world struct {
 // newWorld starts members and registers the kube cluster "test".
 func newWorld(t *testing.T, members int, serverYAML string) *world {
 	t.Helper()
+	return newWorldOf(t, bin, members, serverYAML)
+}
+
+// newWorldOf is newWorld of the binaries in a folder.
+func newWorldOf(t *testing.T, bin string, members int, serverYAML string) *world {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	t.Cleanup(cancel)
 	dir, err := os.MkdirTemp("", "cs-") // short: sockets live in it

@@ -267,3 +267,12 @@ func untilVoter(t *testing.T, w *world, name string) {
 	}
 	t.Fatalf("%s did not become a voter: %s", name, last)
 }
+
+func parsedToken(t *testing.T, token string) node.Token {
+	t.Helper()
+	k, err := node.ParseToken(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}

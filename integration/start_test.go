@@ -146,7 +146,7 @@ func half(b []byte) []byte { return b[:len(b)/2] }
 func (p *place) refused(t *testing.T, code int, words []string, argv ...string) string {
 	t.Helper()
 	var out bytes.Buffer
-	argv[0] = filepath.Join(bin, argv[0])
+	argv[0] = filepath.Join(p.Cluster.Bin, argv[0])
 	proc, err := p.Cluster.Start(filepath.Base(argv[0]), nil, &out, argv...)
 	if err != nil {
 		t.Fatal(err)

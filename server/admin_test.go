@@ -252,12 +252,12 @@ func TestJoin(t *testing.T) {
 	c := memberv1.NewMemberClient(w.dial(t, nil))
 	tok := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "server"})
 	for name, req := range map[string]*memberv1.JoinRequest{
-		"a bad name":             {Secret: tok.Secret, Id: "m/2", Address: "10.0.0.2:8443"},
-		"no name":                {Secret: tok.Secret, Address: "10.0.0.2:8443"},
+		"a bad name":             {Secret: tok.Secret, Id: "m/2", Address: "10.0.0.2:8443", Level: 2},
+		"no name":                {Secret: tok.Secret, Address: "10.0.0.2:8443", Level: 2},
 		"no port":                {Secret: tok.Secret, Id: "m2", Address: "10.0.0.2"},
 		"an unspecified address": {Secret: tok.Secret, Id: "m2", Address: "0.0.0.0:8443"},
 		"a huge version":         {Secret: tok.Secret, Id: "m2", Address: "10.0.0.2:8443", Version: strings.Repeat("v", 1000)},
-		"no secret":              {Id: "m2", Address: "10.0.0.2:8443"},
+		"no secret":              {Id: "m2", Address: "10.0.0.2:8443", Level: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := c.Join(ctx, req)
@@ -266,7 +266,7 @@ func TestJoin(t *testing.T) {
 		})
 	}
 	// None of these has spent it.
-	resp, err := c.Join(ctx, &memberv1.JoinRequest{Secret: tok.Secret, Id: "m2", Address: "10.0.0.2:8443"})
+	resp, err := c.Join(ctx, &memberv1.JoinRequest{Secret: tok.Secret, Id: "m2", Address: "10.0.0.2:8443", Level: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,30 +285,30 @@ func TestJoin(t *testing.T) {
 			t.Errorf("authority %s does not open: %v", a.ID, err)
 		}
 	}
-	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: tok.Secret, Id: "m3", Address: "10.0.0.3:8443"})
+	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: tok.Secret, Id: "m3", Address: "10.0.0.3:8443", Level: 2})
 	wantCode(t, err, codes.FailedPrecondition, "used")
 	late := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "server"})
 	w.ahead.Store(int64(time.Hour))
-	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: late.Secret, Id: "m3", Address: "10.0.0.3:8443"})
+	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: late.Secret, Id: "m3", Address: "10.0.0.3:8443", Level: 2})
 	wantCode(t, err, codes.Unauthenticated, "expired")
 	w.ahead.Store(0)
 	forAgents := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "agent"})
-	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: forAgents.Secret, Id: "m3", Address: "10.0.0.3:8443"})
+	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: forAgents.Secret, Id: "m3", Address: "10.0.0.3:8443", Level: 2})
 	wantCode(t, err, codes.PermissionDenied)
 	twice := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "server"})
-	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: twice.Secret, Id: "m2", Address: "10.0.0.9:8443"})
-	wantCode(t, err, codes.AlreadyExists, "10.0.0.2:8443", "spent")
+	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: twice.Secret, Id: "m2", Address: "10.0.0.9:8443", Level: 2})
+	wantCode(t, err, codes.AlreadyExists, "10.0.0.2:8443", "choose another name")
 	if len(w.added) != 0 {
 		t.Error("somebody else was added")
 	}
 	// The same again is one whose join broke off, until it has a vote: then its empty log would break the vote's promises.
 	again := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "server"})
-	if _, err := c.Join(ctx, &memberv1.JoinRequest{Secret: again.Secret, Id: "m2", Address: "10.0.0.2:8443"}); err != nil {
+	if _, err := c.Join(ctx, &memberv1.JoinRequest{Secret: again.Secret, Id: "m2", Address: "10.0.0.2:8443", Level: 2}); err != nil {
 		t.Errorf("joining again without a vote: %v", err)
 	}
 	w.promoted.Store(true)
 	voter := w.joinToken(t, &adminv1.CreateTokenRequest{Purpose: "server"})
-	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: voter.Secret, Id: "m2", Address: "10.0.0.2:8443"})
+	_, err = c.Join(ctx, &memberv1.JoinRequest{Secret: voter.Secret, Id: "m2", Address: "10.0.0.2:8443", Level: 2})
 	wantCode(t, err, codes.AlreadyExists)
 	w.wantNoSecrets(t, err, tok.Secret, late.Secret, forAgents.Secret, twice.Secret, "the keyring")
 }

@@ -33,6 +33,8 @@ type fakeState struct {
 	watchers    []chan []identity.Change
 	down        error // what writes answer
 	swept       int
+	level       uint32 // 0: 2
+	admitted    int    // agents, each with its token in one write
 }
 
 func newFakeState(td spiffeid.TrustDomain) *fakeState {
@@ -332,6 +334,52 @@ func (f *fakeState) CreateAuthority(_ context.Context, a identity.Authority) (id
 		return identity.Change{Bundle: true}, nil
 	})
 	return a, err
+}
+
+func (f *fakeState) RemoveMember(_ context.Context, id string) error {
+	return f.write(func(uint64) (identity.Change, error) {
+		n := len(f.members)
+		f.members = slices.DeleteFunc(slices.Clone(f.members), func(o identity.Member) bool { return o.ID == id })
+		if len(f.members) == n {
+			return identity.Change{}, fmt.Errorf("%w: member %q", identity.ErrNotFound, id)
+		}
+		return identity.Change{Members: true}, nil
+	})
+}
+
+func (f *fakeState) Level() uint32 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.level == 0 {
+		return 2
+	}
+	return f.level
+}
+
+func (f *fakeState) SetLevel(_ context.Context, level uint32) error {
+	return f.write(func(uint64) (identity.Change, error) {
+		f.level = max(f.level, level)
+		return identity.Change{Level: true}, nil
+	})
+}
+
+func (f *fakeState) JoinToken(hash []byte) (identity.JoinToken, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if t, ok := f.tokens[string(hash)]; ok {
+		return *t, true
+	}
+	return identity.JoinToken{}, false
+}
+
+func (f *fakeState) AdmitAgent(ctx context.Context, now time.Time, hash []byte, a identity.Agent) (identity.Agent, error) {
+	f.mu.Lock()
+	f.admitted++
+	f.mu.Unlock()
+	if _, err := f.UseJoinToken(ctx, now, hash, identity.JoinAgent); err != nil {
+		return identity.Agent{}, err
+	}
+	return f.PutAgent(ctx, a)
 }
 
 func (f *fakeState) PutMember(_ context.Context, m identity.Member) error {

@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"fmt"
+	"slices"
+	"sync"
 	"time"
 
 	"countersign.io/countersign/ca"
@@ -11,6 +13,7 @@ import (
 
 const (
 	sweepEvery = time.Minute
+	careEvery  = 2 * time.Second
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 5 * time.Second
 )
@@ -18,6 +21,9 @@ const (
 // RunLeader does what one member does for all, until ctx ends. It is to be called while this member leads; two
 // that run it for a moment do no harm.
 func (s *Server) RunLeader(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { s.care(ctx) })
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		err := s.ensureAuthorities(ctx)
 		if err == nil {
@@ -32,7 +38,6 @@ func (s *Server) RunLeader(ctx context.Context) error {
 		}
 	}
 	for {
-		s.registerMembers(ctx)
 		if err := s.cfg.Writes.Sweep(ctx, s.cfg.Now()); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn("cannot sweep what has expired: trying again", "error", err)
 		}
@@ -42,8 +47,21 @@ func (s *Server) RunLeader(ctx context.Context) error {
 	}
 }
 
-// registerMembers tells the agents where the members are: the first one, which nobody admitted, and one whose
-// admission broke off in the middle.
+// care keeps what the members share about themselves true.
+func (s *Server) care(ctx context.Context) {
+	for {
+		s.registerMembers(ctx)
+		if err := s.raiseLevel(ctx); err != nil && ctx.Err() == nil {
+			s.cfg.Log.Warn("cannot raise the cluster's level: trying again", "error", err)
+		}
+		if !sleep(ctx, careEvery) {
+			return
+		}
+	}
+}
+
+// registerMembers tells the agents where the members are: the first one, which nobody admitted, one that moved, and one whose
+// admission broke off in the middle; and who is a member no longer.
 func (s *Server) registerMembers(ctx context.Context) {
 	known := map[string]string{}
 	for _, m := range s.cfg.State.Members() {
@@ -57,6 +75,47 @@ func (s *Server) registerMembers(ctx context.Context) {
 			s.cfg.Log.Warn("cannot register a member: trying again", "member", m.ID, "error", err)
 		}
 	}
+	// Asked for only now: who joins is one of the members before it is on the list.
+	members := s.cfg.Cluster.Members()
+	for id := range known {
+		if len(members) == 0 || slices.ContainsFunc(members, func(m MemberStatus) bool { return m.ID == id }) {
+			continue
+		}
+		if err := s.forgetMember(ctx, id); err != nil && ctx.Err() == nil {
+			s.cfg.Log.Warn("cannot take a removed member off the list: trying again", "member", id, "error", err)
+		}
+	}
+}
+
+// raiseLevel lets the members propose what all of them know. It never goes down again: what is in the log cannot be taken back.
+func (s *Server) raiseLevel(ctx context.Context) error {
+	if s.cfg.State.Level() >= s.cfg.Level {
+		return nil
+	}
+	all, err := s.cfg.Cluster.Health(ctx)
+	if err != nil {
+		return err
+	}
+	level := s.cfg.Level
+	for _, h := range all {
+		info, err := ParseMemberInfo(h.Info)
+		if err != nil || !h.Reachable {
+			return nil // nobody knows what it knows
+		}
+		level = min(level, info.Level)
+	}
+	// Who joined while the others were asked was not asked; who joins from here on is told no by Join, which looks twice.
+	unasked := func(m MemberStatus) bool {
+		return !slices.ContainsFunc(all, func(h MemberHealth) bool { return h.ID == m.ID })
+	}
+	if level <= s.cfg.State.Level() || slices.ContainsFunc(s.cfg.Cluster.Members(), unasked) {
+		return nil
+	}
+	if err := s.cfg.Writes.SetLevel(ctx, level); err != nil {
+		return err
+	}
+	s.cfg.Log.Info("every member knows what this version does: older versions can no longer join", "level", level)
+	return nil
 }
 
 // ensureAuthorities makes the first authority of each kind. A crash, or the loss of leadership, between making and

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 
@@ -36,18 +37,8 @@ func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*me
 	if len(req.Version) > maxVersion {
 		return nil, fmt.Errorf("%w: a version of %d bytes: at the most %d", identity.ErrInvalid, len(req.Version), maxVersion)
 	}
-	if _, err := s.cfg.Writes.UseJoinToken(ctx, s.cfg.Now(), node.HashSecret(req.Secret), identity.JoinServer); err != nil {
+	if err := s.admit(ctx, req); err != nil {
 		return nil, fmt.Errorf("admitting member %q: %w", req.Id, err)
-	}
-	// Only now: strangers are not told the members' names. One that has a vote has promised things that a newcomer with an
-	// empty log does not know of, so it cannot be the same member again. Without a vote it never came up: let it try again.
-	for _, m := range s.cfg.Cluster.Members() {
-		if m.ID == req.Id && (m.Voter || m.Address != req.Address) {
-			return nil, fmt.Errorf("admitting member %q: %w: there is one at %s: choose another name; the token is spent", req.Id, identity.ErrExists, m.Address)
-		}
-	}
-	if err := s.cfg.Cluster.AddMember(ctx, req.Id, req.Address); err != nil {
-		return nil, fmt.Errorf("admitting member %q: %w: %v; the token is spent: make another one", req.Id, identity.ErrUnavailable, err)
 	}
 	if err := s.cfg.Writes.PutMember(ctx, identity.Member{ID: req.Id, Address: req.Address}); err != nil {
 		s.cfg.Log.Warn("cannot tell the agents of a new member yet: the leader will", "member", req.Id, "error", err)
@@ -66,6 +57,66 @@ func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*me
 	}
 	s.cfg.Log.Info("member joins", "member", req.Id, "address", req.Address, "version", req.Version)
 	return resp, nil
+}
+
+// admit checks the token, adds the member, and only then spends the token, so that a change of leader in the middle costs no
+// token: until then the newcomer has nothing, and a member without the keyring is nobody. A member that is added and has no
+// token left is one without a vote that never comes up, and goes again.
+func (s *Server) admit(ctx context.Context, req *memberv1.JoinRequest) error {
+	// The token may have been made, or used, at another member a moment ago.
+	if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
+		return err
+	}
+	hash := node.HashSecret(req.Secret)
+	use := func() error {
+		_, err := s.cfg.Writes.UseJoinToken(ctx, s.cfg.Now(), hash, identity.JoinServer)
+		return err
+	}
+	spent := false
+	if t, ok := s.cfg.State.JoinToken(hash); !ok || t.Purpose != identity.JoinServer || !t.UsedAt.IsZero() || !s.cfg.Now().Before(t.ExpiresAt) {
+		if err := use(); err != nil { // which says what is wrong with it
+			return err
+		}
+		spent = true
+	}
+	if err := s.checkLevel(req); err != nil {
+		return err
+	}
+	// Only now: strangers are not told the members' names. One that has a vote has promised things that a newcomer with an
+	// empty log does not know of, so it cannot be the same member again. Without a vote it never came up: let it try again.
+	there := false
+	for _, m := range s.cfg.Cluster.Members() {
+		if m.ID == req.Id && (m.Voter || m.Address != req.Address) {
+			return fmt.Errorf("%w: there is one at %s: choose another name, or remove that one first (countersign cluster remove)", identity.ErrExists, m.Address)
+		}
+		there = there || m.ID == req.Id
+	}
+	if err := s.cfg.Cluster.AddMember(ctx, req.Id, req.Address); err != nil {
+		return fmt.Errorf("%w; try again with the same token", err)
+	}
+	err := error(nil)
+	if !spent {
+		err = use()
+	}
+	if err == nil { // the level may have been raised since: see raiseLevel
+		err = s.checkLevel(req)
+	}
+	// Lost the race for the token, that is: what has an unknown outcome may have been decided for us.
+	if err != nil && !there && !errors.Is(err, identity.ErrUnavailable) && ctx.Err() == nil {
+		if rerr := s.cfg.Cluster.RemoveMember(ctx, req.Id); rerr != nil {
+			s.cfg.Log.Warn("cannot take back the admission of a member: remove it with countersign cluster remove", "member", req.Id, "error", rerr)
+		}
+	}
+	return err
+}
+
+// checkLevel refuses a version that could not read the log.
+func (s *Server) checkLevel(req *memberv1.JoinRequest) error {
+	if level := s.cfg.State.Level(); max(req.Level, 1) < level {
+		return fmt.Errorf("%w: the cluster is at level %d, and version %q of the new member knows level %d: install the version that the members run (%s) and start it again",
+			identity.ErrPrecondition, level, infoText(req.Version), max(req.Level, 1), s.cfg.Version)
+	}
+	return nil
 }
 
 func checkAddress(a string) error {

@@ -54,9 +54,10 @@ func (s nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest
 		return err
 	}
 	var record identity.Agent
+	var recorded bool
 	switch e := begin.Evidence.(type) {
 	case *nodev1.AttestRequest_Begin_JoinToken:
-		record, err = s.attestJoin(ctx, e.JoinToken)
+		record, recorded, err = s.attestJoin(ctx, e.JoinToken)
 	case *nodev1.AttestRequest_Begin_KubeToken:
 		record, err = s.attestKube(ctx, e.KubeToken, begin.KubeCluster)
 	case *nodev1.AttestRequest_Begin_X509Pop:
@@ -67,8 +68,10 @@ func (s nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest
 	if err != nil {
 		return fmt.Errorf("attesting the node: %w", err)
 	}
-	if err := s.keepRecord(ctx, record); err != nil {
-		return fmt.Errorf("recording agent %s: %w", record.ID, err)
+	if !recorded {
+		if err := s.keepRecord(ctx, record); err != nil {
+			return fmt.Errorf("recording agent %s: %w", record.ID, err)
+		}
 	}
 	svid, err := s.agentSVID(record.ID, key)
 	if err != nil {
@@ -79,16 +82,28 @@ func (s nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest
 	return stream.Send(&nodev1.AttestResponse{Step: &nodev1.AttestResponse_Svid{Svid: svid}})
 }
 
-func (s *Server) attestJoin(ctx context.Context, secret string) (identity.Agent, error) {
+// attestJoin uses up the token. From level 2 on it puts the record in the same write, so that no crash leaves a token that is
+// spent for nothing.
+func (s *Server) attestJoin(ctx context.Context, secret string) (_ identity.Agent, recorded bool, err error) {
 	if err := node.CheckSecret(secret); err != nil {
-		return identity.Agent{}, err
+		return identity.Agent{}, false, err
 	}
-	now := s.cfg.Now()
-	token, err := s.cfg.Writes.UseJoinToken(ctx, now, node.HashSecret(secret), identity.JoinAgent)
-	if err != nil {
-		return identity.Agent{}, err
+	now, hash := s.cfg.Now(), node.HashSecret(secret)
+	token, ok := s.cfg.State.JoinToken(hash)
+	if ok && s.cfg.State.Level() >= 2 {
+		a, err := node.JoinAgent(s.cfg.TrustDomain, token, now)
+		if err != nil {
+			return identity.Agent{}, false, err
+		}
+		a, err = s.cfg.Writes.AdmitAgent(ctx, now, hash, a)
+		return a, true, err
 	}
-	return node.JoinAgent(s.cfg.TrustDomain, token, now)
+	// A token that this member has not heard of yet too: what another member has is found by writing.
+	if token, err = s.cfg.Writes.UseJoinToken(ctx, now, hash, identity.JoinAgent); err != nil {
+		return identity.Agent{}, false, err
+	}
+	a, err := node.JoinAgent(s.cfg.TrustDomain, token, now)
+	return a, false, err
 }
 
 func (s *Server) attestKube(ctx context.Context, token, cluster string) (identity.Agent, error) {

@@ -308,13 +308,13 @@ func TestNotReadySpendsNothing(t *testing.T) {
 	w.stale.Store(int64(2 * time.Hour))
 	_, err := attest(t, conn, byJoin(tok.Secret, pub))
 	wantCode(t, err, codes.Unavailable)
-	_, err = memberv1.NewMemberClient(conn).Join(testContext(t), &memberv1.JoinRequest{Secret: srv.Secret, Id: "m2", Address: "10.0.0.2:8443"})
+	_, err = memberv1.NewMemberClient(conn).Join(testContext(t), &memberv1.JoinRequest{Secret: srv.Secret, Id: "m2", Address: "10.0.0.2:8443", Level: 2})
 	wantCode(t, err, codes.Unavailable)
 	w.stale.Store(0)
 	if _, err := attest(t, conn, byJoin(tok.Secret, pub)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := memberv1.NewMemberClient(conn).Join(testContext(t), &memberv1.JoinRequest{Secret: srv.Secret, Id: "m2", Address: "10.0.0.2:8443"}); err != nil {
+	if _, err := memberv1.NewMemberClient(conn).Join(testContext(t), &memberv1.JoinRequest{Secret: srv.Secret, Id: "m2", Address: "10.0.0.2:8443", Level: 2}); err != nil {
 		t.Fatal(err)
 	}
 }

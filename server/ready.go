@@ -14,6 +14,11 @@ import (
 
 // Ready says why this member cannot issue now; nil if it can. Every issuing call asks it first.
 func (s *Server) Ready() error {
+	select {
+	case <-s.cfg.Cluster.Removed:
+		return fmt.Errorf("%w: this member was removed from the cluster: stop it; to take part again, empty data_dir and join with a new token", identity.ErrUnavailable)
+	default:
+	}
 	if err := s.cfg.CA.Ready(); err != nil {
 		return fmt.Errorf("%w: this member cannot sign yet: %v", identity.ErrUnavailable, err)
 	}

@@ -51,6 +51,9 @@ func ruleFor(method string) kind {
 		adminv1.Admin_EvictAgent_FullMethodName,
 		adminv1.Admin_GetBundle_FullMethodName,
 		adminv1.Admin_Status_FullMethodName,
+		adminv1.Admin_ClusterStatus_FullMethodName,
+		adminv1.Admin_RemoveMember_FullMethodName,
+		adminv1.Admin_TransferLeader_FullMethodName,
 		adminv1.Admin_SaveBackup_FullMethodName,
 		"/grpc.health.v1.Health/List",
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
@@ -179,6 +182,9 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	who := callerOf(ctx)
 	ctx, err := s.authorize(ctx, who, info.FullMethod)
 	if err != nil {
+		return nil, s.report(who, info.FullMethod, err)
+	}
+	if err := s.readBarrier(ctx, info.FullMethod); err != nil {
 		return nil, s.report(who, info.FullMethod, err)
 	}
 	resp, err := next(ctx, req)

@@ -40,6 +40,7 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	MemberID    string // this member's name
 	Version     string
+	Level       uint32 // the highest that this version knows, see Admission
 
 	// Agents and Guests are a Listener's; Admin is of ListenAdmin.
 	Agents, Guests, Admin net.Listener
@@ -162,13 +163,15 @@ func (c *Config) check() error {
 	}
 	need(!c.TrustDomain.IsZero(), "TrustDomain")
 	need(c.MemberID != "", "MemberID")
+	need(c.Level > 0, "Level")
 	need(c.Agents != nil && c.Guests != nil && c.Admin != nil, "Agents, Guests or Admin")
 	need(c.CA != nil, "CA")
-	need(c.State.EntryReader != nil && c.State.Registry != nil && c.State.Trust != nil, "State")
+	need(c.State.EntryReader != nil && c.State.Registry != nil && c.State.Trust != nil && c.State.Admission != nil, "State")
 	w := c.Writes
 	need(w.EntryWriter != nil && w.KubeWriter != nil && w.TokenWriter != nil && w.AgentWriter != nil && w.ClusterWriter != nil, "Writes")
 	need(c.Pods != nil, "Pods")
-	need(c.Cluster.Staleness != nil && c.Cluster.Members != nil && c.Cluster.AddMember != nil, "Cluster")
+	cl := c.Cluster
+	need(cl.Staleness != nil && cl.Members != nil && cl.Health != nil && cl.AddMember != nil && cl.RemoveMember != nil && cl.TransferLeader != nil && cl.ReadBarrier != nil, "Cluster")
 	need(c.Seal != nil && c.Open != nil && c.Keyring != nil && c.Keep != nil, "Seal, Open, Keyring or Keep")
 	need(c.Log != nil, "Log")
 	return errors.Join(errs...)

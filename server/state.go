@@ -8,13 +8,14 @@ import (
 	"countersign.io/countersign/identity"
 )
 
-// State is what the member knows: its own copy of the replicated state. One value usually implements all three
+// State is what the member knows: its own copy of the replicated state. One value usually implements all its
 // parts. Every method must be safe for concurrent use, must not block on the network, and must return values
 // that nobody changes afterwards.
 type State struct {
 	EntryReader
 	Registry
 	Trust
+	Admission
 }
 
 // EntryReader reads entries, found by what a workload is.
@@ -49,6 +50,14 @@ type Trust interface {
 	// Watch calls f with a Reset at once and then with every change, in order, and only once the reads above show it.
 	// It returns when ctx ends.
 	Watch(ctx context.Context, f func([]identity.Change)) error
+}
+
+// Admission is what decides who may come in.
+type Admission interface {
+	// Level is what commands the members may propose: see docs/OPERATIONS.md.
+	Level() uint32
+	// JoinToken returns the token whose secret has this hash, used or not.
+	JoinToken(hash []byte) (identity.JoinToken, bool)
 }
 
 // Writes are the commands. A method must return only after this member's own State shows the change, and must
@@ -88,6 +97,9 @@ type AgentWriter interface {
 	PutAgent(ctx context.Context, a identity.Agent) (identity.Agent, error)
 	BanAgent(ctx context.Context, id string) error
 	EvictAgent(ctx context.Context, id string) error
+	// AdmitAgent uses up an agent's join token, as UseJoinToken does, and puts the agent's record, both or neither. It needs
+	// level 2.
+	AdmitAgent(ctx context.Context, now time.Time, hash []byte, a identity.Agent) (identity.Agent, error)
 }
 
 // ClusterWriter changes what the members share.
@@ -95,6 +107,10 @@ type ClusterWriter interface {
 	// CreateAuthority must return the active authority of that kind if there is one, whoever made it.
 	CreateAuthority(ctx context.Context, a identity.Authority) (identity.Authority, error)
 	PutMember(ctx context.Context, m identity.Member) error
+	// RemoveMember must wrap identity.ErrNotFound if there is none.
+	RemoveMember(ctx context.Context, id string) error
+	// SetLevel must only ever raise the level.
+	SetLevel(ctx context.Context, level uint32) error
 	// Sweep drops what has expired.
 	Sweep(ctx context.Context, now time.Time) error
 }
@@ -107,21 +123,4 @@ type Pods interface {
 	SetClusters([]identity.KubeCluster) error
 	// Run calls gone for each pod that ended, until ctx ends.
 	Run(ctx context.Context, gone func(cluster, podUID string)) error
-}
-
-// Cluster is what the member knows of the CA cluster's inner life, as functions, because this package must not
-// know how the members agree.
-type Cluster struct {
-	// Staleness is the time since a leader was last heard: 0 on the leader, very large if none was since the start.
-	Staleness func() time.Duration
-	// Members are the current members and what each is.
-	Members func() []MemberStatus
-	// AddMember admits a member. It must not wait for the new member: that one knows nothing before it has the answer.
-	AddMember func(ctx context.Context, id, address string) error
-}
-
-// MemberStatus is one member as the cluster's inner life sees it.
-type MemberStatus struct {
-	ID, Address   string
-	Voter, Leader bool
 }

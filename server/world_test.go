@@ -140,8 +140,8 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 	admin, err := ListenAdmin(w.socket)
 	must(err)
 	cfg := Config{
-		TrustDomain: w.td, MemberID: "m1", Version: "test", Agents: w.port.Agents(), Guests: w.port.Guests(), Admin: admin,
-		CA: w.ca, State: State{w.state, w.state, w.state}, Writes: Writes{w.state, w.state, w.state, w.state, w.state}, Pods: w.pods,
+		TrustDomain: w.td, MemberID: "m1", Version: "test", Level: 2, Agents: w.port.Agents(), Guests: w.port.Guests(), Admin: admin,
+		CA: w.ca, State: State{w.state, w.state, w.state, w.state}, Writes: Writes{w.state, w.state, w.state, w.state, w.state}, Pods: w.pods,
 		Cluster: Cluster{
 			Staleness: func() time.Duration { return time.Duration(w.stale.Load()) },
 			Members: func() []MemberStatus {
@@ -157,6 +157,10 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 				w.added <- identity.Member{ID: id, Address: address}
 				return nil
 			},
+			RemoveMember:   func(context.Context, string) error { return nil },
+			TransferLeader: func(context.Context, string) error { return nil },
+			ReadBarrier:    func(context.Context) error { return nil },
+			Health:         func(context.Context) ([]MemberHealth, error) { return nil, nil },
 		},
 		Seal: fakeSeal, Open: w.open, Keyring: func() ([]byte, error) { return []byte("the keyring"), nil },
 		Keep:   func([]identity.Authority) error { w.kept.Add(1); return nil },

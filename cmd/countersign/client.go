@@ -12,18 +12,21 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/config"
 	"countersign.io/countersign/identity"
+	"countersign.io/countersign/server"
 )
 
 // admin is what every operator's command needs: the socket, the format, and one call's deadline.
 type admin struct {
 	socket  string
 	timeout time.Duration
+	stale   bool
 	out     cli.Output
 }
 
@@ -31,6 +34,7 @@ type admin struct {
 func (a *admin) flags(cmd *cobra.Command) {
 	cmd.PersistentFlags().StringVar(&a.socket, "socket", "", "admin socket of a member on this machine (default $COUNTERSIGN_ADMIN_SOCKET, "+config.DefaultAdminSocket+", or that of countersign dev)")
 	cmd.PersistentFlags().DurationVar(&a.timeout, "timeout", 15*time.Second, "how long a call may take")
+	cmd.PersistentFlags().BoolVar(&a.stale, "stale", false, "read what this member knows, without asking the leader: it may be of the past")
 	a.out.Flag(cmd)
 }
 
@@ -47,6 +51,9 @@ func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminCl
 	defer conn.Close()
 	ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
 	defer cancel()
+	if a.stale {
+		ctx = metadata.AppendToOutgoingContext(ctx, server.MetadataStale, "true")
+	}
 	if err := api.FromStatus(f(ctx, adminv1.NewAdminClient(conn))); err != nil {
 		if errors.Is(err, identity.ErrUnavailable) {
 			return fmt.Errorf("asking the member at %s (is it running? countersign server run, or countersign dev): %w", path, err)

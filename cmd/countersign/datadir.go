@@ -27,6 +27,7 @@ import (
 	"countersign.io/countersign/internal/durable"
 	"countersign.io/countersign/seal"
 	"countersign.io/countersign/server"
+	"countersign.io/countersign/store"
 )
 
 // dataDir is a member's folder:
@@ -177,7 +178,7 @@ func (d *dataDir) join(ctx context.Context, c *config.Server) (*seal.Keyring, er
 	}
 	var errs []error
 	for _, addr := range t.Addresses {
-		res, err := d.joinAt(ctx, addr, tlsConf, &memberv1.JoinRequest{Secret: t.Secret, Id: c.Name, Address: c.Advertise, Version: version})
+		res, err := d.joinAt(ctx, addr, tlsConf, &memberv1.JoinRequest{Secret: t.Secret, Id: c.Name, Address: c.Advertise, Version: version, Level: store.Level})
 		if err == nil {
 			return d.joined(res)
 		}

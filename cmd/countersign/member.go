@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -77,13 +76,14 @@ type member struct {
 	server  *server.Server
 	closers []io.Closer
 
+	started  time.Time
 	popRoots *x509.CertPool
 	serving  atomic.Pointer[server.Server] // set once there is one: health is asked for before
 }
 
 // runMember runs a member until ctx ends. ready, if not nil, is called once it can issue.
 func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready func()) (err error) {
-	m := &member{c: c, log: log}
+	m := &member{c: c, log: log, started: time.Now()}
 	defer func() {
 		for i := len(m.closers) - 1; i >= 0; i-- {
 			err = errors.Join(err, m.closers[i].Close())
@@ -244,14 +244,11 @@ func (m *member) openKey(a identity.Authority) (crypto.Signer, error) {
 // replicate starts raft, and makes what writes through it.
 func (m *member) replicate(ctx context.Context) error {
 	c := m.c
-	dial := func(ctx context.Context, id, address string) (net.Conn, error) {
-		dialer := tls.Dialer{Config: server.MemberTLS(m.tls, id)}
-		return dialer.DialContext(ctx, "tcp", address)
-	}
 	var err error
 	m.node, err = raft.Open(raft.Config{
-		ID: c.Name, Address: c.Advertise, Dir: m.data.file("raft"), Machine: m.store, Listener: m.port.Raft(), Dial: dial,
-		Bootstrap: m.data.member.Bootstrap, Log: m.log,
+		ID: c.Name, Address: c.Advertise, Dir: m.data.file("raft"), Machine: m.store, Listener: m.port.Raft(), Dial: m.dial,
+		Peer: func(c net.Conn) string { return server.PeerMember(m.td, c) }, Info: m.info, Check: store.Check,
+		Peers: c.Cluster.Peers, RemoveDeadAfter: max(0, c.Cluster.RemoveDeadAfter), Bootstrap: m.data.member.Bootstrap, Log: m.log,
 	})
 	if err != nil {
 		return err
@@ -259,26 +256,18 @@ func (m *member) replicate(ctx context.Context) error {
 	m.closers = append(m.closers, m.node)
 	w := m.store.Writer(m.node)
 	m.server, err = server.New(server.Config{
-		TrustDomain: m.td, MemberID: c.Name, Version: version,
+		TrustDomain: m.td, MemberID: c.Name, Version: version, Level: store.Level,
 		Agents: m.port.Agents(), Guests: m.port.Guests(), Admin: m.admin,
-		CA: m.ca, State: server.State{EntryReader: m.store, Registry: m.store, Trust: m.store},
+		CA: m.ca, State: server.State{EntryReader: m.store, Registry: m.store, Trust: m.store, Admission: m.store},
 		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
 		Pods:    m.pods,
-		Cluster: server.Cluster{Staleness: m.node.Staleness, Members: m.members, AddMember: m.node.AddMember},
+		Cluster: m.cluster(),
 		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
 		Log: m.log,
 	})
 	return err
-}
-
-func (m *member) members() []server.MemberStatus {
-	var out []server.MemberStatus
-	for _, x := range m.node.Members() {
-		out = append(out, server.MemberStatus{ID: x.ID, Address: x.Address, Voter: x.Voter, Leader: x.Leader})
-	}
-	return out
 }
 
 // whenReady calls ready once the member can issue.

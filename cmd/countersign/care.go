@@ -1,0 +1,88 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"countersign.io/countersign/identity"
+	"countersign.io/countersign/raft"
+	"countersign.io/countersign/server"
+	"countersign.io/countersign/store"
+)
+
+// dial connects to another member: to that one, or, for no id, to whichever answers.
+func (m *member) dial(ctx context.Context, id, address string) (net.Conn, error) {
+	d := tls.Dialer{Config: server.MemberTLS(m.tls, id)}
+	return d.DialContext(ctx, "tcp", address)
+}
+
+// cluster is the inner life of the cluster as the server may see it.
+func (m *member) cluster() server.Cluster {
+	return server.Cluster{
+		Staleness: m.node.Staleness,
+		Members: func() []server.MemberStatus {
+			var out []server.MemberStatus
+			for _, x := range m.node.Members() {
+				out = append(out, memberStatus(x))
+			}
+			return out
+		},
+		Health: func(ctx context.Context) ([]server.MemberHealth, error) {
+			all, err := m.node.Health(ctx)
+			var out []server.MemberHealth
+			for _, h := range all {
+				out = append(out, server.MemberHealth{
+					MemberStatus: memberStatus(h.Member), Reachable: h.Reachable, Problem: h.Problem, LastContact: h.LastContact, Applied: h.Applied, Commit: h.Commit, Info: h.Info,
+				})
+			}
+			return out, raftError(err)
+		},
+		AddMember: func(ctx context.Context, id, address string) error {
+			return raftError(m.node.AddMember(ctx, id, address))
+		},
+		RemoveMember:   func(ctx context.Context, id string) error { return raftError(m.node.RemoveMember(ctx, id)) },
+		TransferLeader: func(ctx context.Context, id string) error { return raftError(m.node.TransferLeader(ctx, id)) },
+		ReadBarrier:    func(ctx context.Context) error { return raftError(m.node.ReadBarrier(ctx)) },
+		Removed:        m.node.Removed(),
+	}
+}
+
+func memberStatus(x raft.Member) server.MemberStatus {
+	return server.MemberStatus{ID: x.ID, Address: x.Address, Voter: x.Voter, Leader: x.Leader}
+}
+
+// raftError says in identity's words what an error of raft's means for who asked.
+func raftError(err error) error {
+	switch {
+	case err == nil, errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	case errors.Is(err, raft.ErrRefused):
+		return fmt.Errorf("%w: %w", identity.ErrPrecondition, err)
+	}
+	return fmt.Errorf("%w: %w", identity.ErrUnavailable, err)
+}
+
+// info is what this member tells the others of itself. It is asked for often, and by others: it waits for nothing.
+func (m *member) info() []byte {
+	i := server.MemberInfo{Version: version, Level: store.Level, StartedAt: m.started.UTC(), Issuing: true, KEK: m.c.Seal.Key}
+	if err := m.ready(); err != nil {
+		i.Issuing, i.NotIssuingBecause = false, err.Error()
+	}
+	if k := m.data.keyring; k != nil {
+		i.SealTerms = k.Terms()
+	}
+	var fs unix.Statfs_t
+	if unix.Statfs(m.c.DataDir, &fs) == nil {
+		i.DiskFree, i.DiskTotal = fs.Bavail*uint64(fs.Bsize), fs.Blocks*uint64(fs.Bsize)
+	}
+	raw, err := i.Marshal()
+	if err != nil {
+		m.log.Error("cannot tell the others of this member", "error", err)
+	}
+	return raw
+}
