@@ -74,6 +74,7 @@ type member struct {
 	admin   net.Listener
 	node    *raft.Node
 	server  *server.Server
+	backups *schedule // nil: none are configured
 	closers []io.Closer
 
 	started  time.Time
@@ -115,6 +116,9 @@ func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready fu
 		})
 		return nil
 	})
+	if m.backups != nil {
+		g.Go(func() error { return m.backups.Run(ctx) })
+	}
 	if ready != nil {
 		g.Go(func() error { return m.whenReady(ctx, ready) })
 	}
@@ -262,11 +266,14 @@ func (m *member) replicate(ctx context.Context) error {
 		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
 		Pods:    m.pods,
 		Cluster: m.cluster(),
-		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
+		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities, Backup: m.saveBackup,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
 		Log: m.log,
 	})
+	if b := c.Backup; b.Dir != "" {
+		m.backups = newSchedule(b.Dir, c.Name, b.Every, b.Keep, m.saveBackup, m.log)
+	}
 	return err
 }
 

@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"countersign.io/countersign/backup"
+	"countersign.io/countersign/identity"
+	"countersign.io/countersign/internal/durable"
+)
+
+// schedule makes a backup now and then, and keeps the newest. Each member that is configured to does so by itself, at a
+// time of its own.
+type schedule struct {
+	dir    string
+	member string
+	every  time.Duration
+	keep   int // complete backups of this member
+	save   func(context.Context, io.Writer) error
+	log    *slog.Logger
+
+	now    func() time.Time
+	sleep  func(context.Context, time.Duration) bool // reports whether ctx lasted
+	jitter func(most time.Duration) time.Duration
+
+	mu     sync.Mutex
+	fault  error     // of the last try
+	newest time.Time // complete one; zero: none
+}
+
+const (
+	backupTimeFormat = "20060102T150405Z"
+	backupSuffix     = ".backup"
+	retryBackup      = time.Minute
+)
+
+func newSchedule(dir, member string, every time.Duration, keep int, save func(context.Context, io.Writer) error, log *slog.Logger) *schedule {
+	return &schedule{
+		dir: dir, member: member, every: every, keep: keep, save: save, log: log,
+		now: time.Now, sleep: sleepFor, jitter: func(most time.Duration) time.Duration { return rand.N(most + 1) },
+	}
+}
+
+func sleepFor(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// Run makes backups until ctx ends. A member goes on without them: what keeps them from being made is in its log and its health.
+func (s *schedule) Run(ctx context.Context) error {
+	wait := s.first()
+	for failures := 0; s.sleep(ctx, wait); {
+		err := s.once(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		s.mu.Lock()
+		s.fault = err
+		s.mu.Unlock()
+		if err != nil {
+			wait = min(retryBackup<<min(failures, 10), s.every)
+			failures++
+			s.log.Error("a scheduled backup failed, earlier ones are kept", "dir", s.dir, "error", err, "again_in", wait)
+			continue
+		}
+		failures = 0
+		// Members that were started together do not stay together.
+		wait = s.every - s.jitter(s.every/10)
+	}
+	return nil
+}
+
+// first is how long the first backup of this run waits: a restart neither skips one nor makes one more.
+func (s *schedule) first() time.Duration {
+	list, err := s.complete()
+	due := s.now()
+	if err == nil && len(list) > 0 {
+		at := list[len(list)-1].at
+		due = at.Add(s.every)
+		s.mu.Lock()
+		s.newest = at
+		s.mu.Unlock()
+	}
+	// A newest one of the future is of a clock that was wrong, then or now.
+	return min(max(due.Sub(s.now()), 0), s.every) + s.jitter(min(s.every/10, time.Minute))
+}
+
+// Health says why backups are not made as they should be; nil if they are.
+func (s *schedule) Health() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fault == nil {
+		return nil
+	}
+	newest := "there is none"
+	if !s.newest.IsZero() {
+		newest = "the newest is of " + s.newest.UTC().Format(time.RFC3339)
+	}
+	return fmt.Errorf("the last scheduled backup failed (%s): %w", newest, s.fault)
+}
+
+// once makes one backup and then removes what is too many. After an error all that was there is there still.
+func (s *schedule) once(ctx context.Context) error {
+	if err := durable.PrivateDir(s.dir); err != nil {
+		return fmt.Errorf("backup.dir: %w", err)
+	}
+	if err := s.tidy(); err != nil {
+		return err
+	}
+	at := s.now().UTC()
+	path := filepath.Join(s.dir, s.name(at))
+	f, err := backup.Create(path, false)
+	if errors.Is(err, identity.ErrExists) {
+		return nil // within one second of another: it was made
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Abort()
+	if err := s.save(ctx, f); err != nil {
+		return fmt.Errorf("writing %s: %w", path, err)
+	}
+	if err := f.Commit(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.newest = at
+	s.mu.Unlock()
+	s.log.Info("scheduled backup made", "file", path)
+	return s.retain(path)
+}
+
+func (s *schedule) name(at time.Time) string {
+	return "countersign-" + s.member + "-" + at.UTC().Format(backupTimeFormat) + backupSuffix
+}
+
+// timed is a complete backup of this member.
+type timed struct {
+	path string
+	at   time.Time
+}
+
+// complete lists what bears a final name, which only a whole one does; the oldest first.
+func (s *schedule) complete() ([]timed, error) {
+	list, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("listing backups: %w", err)
+	}
+	var out []timed
+	for _, e := range list {
+		if at, ok := s.timeOf(e.Name()); ok && e.Type().IsRegular() {
+			out = append(out, timed{filepath.Join(s.dir, e.Name()), at})
+		}
+	}
+	slices.SortFunc(out, func(a, b timed) int { return a.at.Compare(b.at) })
+	return out, nil
+}
+
+// timeOf parses exactly what name writes: the folder may hold what is not ours, or another member's.
+func (s *schedule) timeOf(name string) (time.Time, bool) {
+	rest, ok := strings.CutPrefix(name, "countersign-"+s.member+"-")
+	if !ok {
+		return time.Time{}, false
+	}
+	if rest, ok = strings.CutSuffix(rest, backupSuffix); !ok {
+		return time.Time{}, false
+	}
+	at, err := time.Parse(backupTimeFormat, rest)
+	return at, err == nil && s.name(at) == name
+}
+
+// retain removes the oldest, and never the one just made, whatever the clock says.
+func (s *schedule) retain(made string) error {
+	list, err := s.complete()
+	if err != nil {
+		return err
+	}
+	list = slices.DeleteFunc(list, func(t timed) bool { return t.path == made })
+	var errs []error
+	for _, t := range list[:max(len(list)-(s.keep-1), 0)] {
+		if err := os.Remove(t.path); err != nil {
+			errs = append(errs, fmt.Errorf("removing an old backup: %w", err))
+			continue
+		}
+		s.log.Info("old backup removed", "file", t.path)
+	}
+	return errors.Join(errs...)
+}
+
+// tidy removes what a crash left unfinished.
+func (s *schedule) tidy() error {
+	list, err := os.ReadDir(s.dir)
+	if err != nil {
+		return fmt.Errorf("listing backups: %w", err)
+	}
+	for _, e := range list {
+		name, ok := strings.CutPrefix(e.Name(), ".")
+		i := strings.Index(name, backupSuffix+".")
+		if !ok || i < 0 || !strings.HasSuffix(name, ".tmp") {
+			continue
+		}
+		if _, ours := s.timeOf(name[:i+len(backupSuffix)]); ours {
+			if err := os.Remove(filepath.Join(s.dir, e.Name())); err != nil {
+				return fmt.Errorf("removing an unfinished backup: %w", err)
+			}
+		}
+	}
+	return nil
+}
