@@ -88,6 +88,12 @@ func (m *mux) dispatch(conn *trackedConn) {
 	conn.SetReadDeadline(time.Time{})
 	switch first[0] {
 	case connRaft:
+		if peer := m.n.peer(conn); m.n.outcast(peer) {
+			m.n.log.Warn("refusing the raft connection of a member of a cluster that this one no longer belongs to; end that member",
+				"member", peer, "remote", conn.RemoteAddr())
+			conn.Close()
+			return
+		}
 		select {
 		case m.raft <- conn:
 		case <-m.done:
@@ -100,6 +106,24 @@ func (m *mux) dispatch(conn *trackedConn) {
 			"remote", conn.RemoteAddr(), "byte", first[0])
 		conn.Close()
 	}
+}
+
+// outcast tells whether a member is not of this cluster for sure. That a member is not in the configuration does
+// not say so: it may have been added since, and lead. But it does if it was left behind by Recover, or if this
+// member is the only one with a vote: any change would then have to come from itself. Such a member, with a
+// folder from before, could have a newer term, and overwrite this one's log.
+func (n *Node) outcast(peer string) bool {
+	if peer == "" {
+		return false
+	}
+	sole := true
+	for _, m := range n.Members() {
+		if m.ID == peer {
+			return false
+		}
+		sole = sole && (m.ID == n.cfg.ID) == m.Voter
+	}
+	return sole && n.ownConfig() > 0 || n.left[peer]
 }
 
 // dial connects to the member with this id ("": whoever answers) and says what the connection is for.

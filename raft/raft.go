@@ -64,10 +64,11 @@ type Node struct {
 
 	fresh *freshness
 	lead  leadership
-	out   dialer   // the connection to the leader for forwarded requests
-	peers contacts // connections to each member, for what members ask each other
-	book  *book    // where each member was last
-	gone  removal  // whether this member was removed
+	out   dialer          // the connection to the leader for forwarded requests
+	peers contacts        // connections to each member, for what members ask each other
+	book  *book           // where each member was last
+	gone  removal         // whether this member was removed
+	left  map[string]bool // members that Recover left behind
 
 	ctx    context.Context // ends when Close stops the goroutines
 	cancel context.CancelFunc
@@ -122,6 +123,14 @@ func Open(cfg Config) (_ *Node, err error) {
 	}
 	if n.logs, err = openLogStore(filepath.Join(cfg.Dir, "log.db"), cfg.ID); err != nil {
 		return nil, fmt.Errorf("opening raft log: %w", err)
+	}
+	left, err := n.logs.leftBehind()
+	if err != nil {
+		return nil, fmt.Errorf("opening raft log: %w", err)
+	}
+	n.left = map[string]bool{}
+	for _, id := range left {
+		n.left[id] = true
 	}
 	snaps, err := openSnapshots(cfg.Dir, newHCLog(cfg.Log, slog.LevelError, nil))
 	if err != nil {
