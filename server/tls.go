@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -27,6 +28,17 @@ type TLSConfig struct {
 	Certificate func() (*tls.Certificate, error)
 	// Bundle returns the trust domain's current bundle.
 	Bundle func() *identity.Bundle
+	Now    func() time.Time // nil: time.Now
+}
+
+// verify is ParseAndVerify at the member's own time.
+func (c TLSConfig) verify(raw [][]byte, roots x509bundle.Source) (spiffeid.ID, error) {
+	now := time.Now
+	if c.Now != nil {
+		now = c.Now
+	}
+	id, _, err := x509svid.ParseAndVerify(raw, roots, x509svid.WithTime(now()))
+	return id, err
 }
 
 // ServerTLS is for the one TLS port. A client certificate is optional; one that is shown must be an SVID of the
@@ -46,7 +58,7 @@ func ServerTLS(c TLSConfig) *tls.Config {
 			if len(raw) == 0 {
 				return nil
 			}
-			_, _, err := x509svid.ParseAndVerify(raw, roots)
+			_, err := c.verify(raw, roots)
 			return err
 		},
 	}
@@ -62,7 +74,7 @@ func MemberTLS(c TLSConfig, id string) *tls.Config {
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.Certificate() },
 		InsecureSkipVerify:   true, // SVIDs have no host names: VerifyPeerCertificate verifies
 		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
-			got, _, err := x509svid.ParseAndVerify(raw, roots)
+			got, err := c.verify(raw, roots)
 			if err != nil {
 				return err
 			}

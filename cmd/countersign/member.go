@@ -77,6 +77,7 @@ type member struct {
 	backups *schedule // nil: none are configured
 	closers []io.Closer
 
+	hooks    hooks
 	started  time.Time
 	popRoots *x509.CertPool
 	serving  atomic.Pointer[server.Server] // set once there is one: health is asked for before
@@ -84,7 +85,7 @@ type member struct {
 
 // runMember runs a member until ctx ends. ready, if not nil, is called once it can issue.
 func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready func()) (err error) {
-	m := &member{c: c, log: log, started: time.Now()}
+	m := &member{c: c, log: log, hooks: newHooks(), started: time.Now()}
 	defer func() {
 		for i := len(m.closers) - 1; i >= 0; i-- {
 			err = errors.Join(err, m.closers[i].Close())
@@ -187,16 +188,16 @@ func (m *member) open(ctx context.Context) error {
 		return err
 	}
 	m.closers = append(m.closers, m.store)
-	if m.ca, err = ca.New(ca.Config{TrustDomain: m.td, MemberName: c.Name, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, Log: m.log}); err != nil {
+	if m.ca, err = ca.New(ca.Config{TrustDomain: m.td, MemberName: c.Name, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, Now: m.hooks.now, Log: m.log}); err != nil {
 		return err
 	}
 	if err := m.lastAuthorities(); err != nil {
 		return err
 	}
-	if m.pods, err = kube.New(kube.Config{Log: m.log, Now: time.Now}); err != nil {
+	if m.pods, err = kube.New(kube.Config{Log: m.log, Now: m.hooks.now}); err != nil {
 		return err
 	}
-	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle}
+	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle, Now: m.hooks.now}
 	m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Log: m.log})
 	return err
 }
@@ -253,6 +254,7 @@ func (m *member) replicate(ctx context.Context) error {
 		ID: c.Name, Address: c.Advertise, Dir: m.data.file("raft"), Machine: m.store, Listener: m.port.Raft(), Dial: m.dial,
 		Peer: func(c net.Conn) string { return server.PeerMember(m.td, c) }, Info: m.info, Check: store.Check,
 		Peers: c.Cluster.Peers, RemoveDeadAfter: max(0, c.Cluster.RemoveDeadAfter), Bootstrap: m.data.member.Bootstrap, Log: m.log,
+		SnapshotThreshold: m.hooks.snapshotThreshold, SnapshotInterval: m.hooks.snapshotInterval, TrailingLogs: m.hooks.trailingLogs,
 	})
 	if err != nil {
 		return err
@@ -269,7 +271,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities, Backup: m.saveBackup,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
-		Log: m.log,
+		Now: m.hooks.now, Log: m.log,
 	})
 	if b := c.Backup; b.Dir != "" {
 		m.backups = newSchedule(b.Dir, c.Name, b.Every, b.Keep, m.saveBackup, m.log)
