@@ -30,7 +30,7 @@ func backupCommand(a *admin) *cobra.Command {
 A backup is sealed under the key that backup.key names. Without that key it opens for nobody: keep a copy of it elsewhere.`,
 	}
 	a.flags(cmd)
-	cmd.AddCommand(backupSave(a), backupInspect(a))
+	cmd.AddCommand(backupSave(a), backupInspect(a), backupRestore(a))
 	return cmd
 }
 

@@ -123,6 +123,9 @@ func (d *dataDir) check(raw []byte, c *config.Server) error {
 // begin makes the folder's content. Each file is whole or absent, and member.json comes last: after a crash on the way a
 // bootstrap starts over, and a join asks for a new token, its own being spent.
 func (d *dataDir) begin(ctx context.Context, c *config.Server, kek seal.KEK) error {
+	if _, err := os.Stat(d.file(restoringFile)); err == nil {
+		return fmt.Errorf("%w: a restore of a backup broke off in %s: run countersign backup restore again, or empty the folder", identity.ErrPrecondition, d.path)
+	}
 	for _, name := range []string{"raft", "state"} {
 		if _, err := os.Stat(d.file(name)); err == nil {
 			return fmt.Errorf("%w: %s exists but member.json does not: this folder is incomplete; restore it, or start with an empty one", identity.ErrPrecondition, d.file(name))
