@@ -24,7 +24,7 @@ import (
 // Bounds of what an upstream may answer. Every SVID carries the chain.
 const (
 	maxChain       = 8
-	maxRoots       = 64
+	maxRoots       = 16
 	maxCertificate = 16 << 10 // bytes, DER
 	// minAuthorityLife is how long an authority must have left to be worth taking up.
 	minAuthorityLife = 30 * time.Second

@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"crypto/rand"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -89,11 +88,11 @@ func (s *Server) caPin() (string, error) {
 		if a.Kind != identity.AuthorityX509 || a.State != identity.AuthorityActive {
 			continue
 		}
-		root, err := x509.ParseCertificate(a.Cert)
+		key, err := anchorKey(&a)
 		if err != nil {
-			return "", fmt.Errorf("parsing authority %s: %w", a.ID, err)
+			return "", err
 		}
-		return node.Pin(root.RawSubjectPublicKeyInfo), nil
+		return node.Pin(key), nil
 	}
 	return "", fmt.Errorf("%w: the trust domain has no x509 authority yet: try again in a moment", identity.ErrUnavailable)
 }
@@ -331,7 +330,7 @@ func (s adminService) Status(context.Context, *adminv1.Empty) (*adminv1.StatusRe
 	resp := &adminv1.StatusResponse{
 		TrustDomain: s.cfg.TrustDomain.Name(), MemberId: s.cfg.MemberID, Version: s.cfg.Version,
 		Revision: s.cfg.State.Revision(), Issuing: true, AgentsConnected: uint32(s.hub.agents()),
-		BundleSequence: s.cfg.State.Bundle().Sequence, Staleness: durationpb.New(s.cfg.Cluster.Staleness()),
+		BundleSequence: s.cfg.State.Bundle().Sequence, Staleness: durationpb.New(s.cfg.Cluster.Staleness()), Degraded: s.Degraded(),
 	}
 	if err := s.Ready(); err != nil {
 		resp.Issuing, resp.NotIssuingBecause = false, err.Error()

@@ -24,6 +24,10 @@ func (s *Server) RunLeader(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { s.care(ctx) })
+	if s.cfg.Sealing.on() {
+		wg.Go(func() { s.leadSeal(ctx) })
+	}
+	wg.Go(func() { _ = s.runUpstream(ctx) }) // it has no errors of its own
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		err := s.ensureAuthorities(ctx)
 		if err == nil {
@@ -123,10 +127,10 @@ func (s *Server) raiseLevel(ctx context.Context) error {
 // keeps the first.
 func (s *Server) ensureAuthorities(ctx context.Context) error {
 	for _, kind := range []identity.AuthorityKind{identity.AuthorityX509, identity.AuthorityJWT} {
-		if s.hasActive(kind) {
-			continue
+		if s.hasActive(kind) || kind == identity.AuthorityX509 && s.cfg.Upstream != nil {
+			continue // one below an upstream is runUpstream's
 		}
-		a, err := s.makeAuthority(kind)
+		a, err := s.makeAuthority(ctx, kind)
 		if err != nil {
 			return fmt.Errorf("making the %s authority: %w", kind, err)
 		}
@@ -150,11 +154,18 @@ func (s *Server) hasActive(kind identity.AuthorityKind) bool {
 	return false
 }
 
-// makeAuthority returns an authority whose key leaves this function sealed only.
-func (s *Server) makeAuthority(kind identity.AuthorityKind) (identity.Authority, error) {
+// makeAuthority returns an authority whose key leaves this function sealed only, or is in a KMS or HSM and has never been here.
+func (s *Server) makeAuthority(ctx context.Context, kind identity.AuthorityKind) (identity.Authority, error) {
 	var a identity.Authority
 	var key []byte
 	var err error
+	if kind == identity.AuthorityX509 && s.cfg.X509Key != nil {
+		signer, uri, err := s.cfg.X509Key(ctx)
+		if err != nil {
+			return identity.Authority{}, err
+		}
+		return ca.NewX509AuthorityAt(s.cfg.TrustDomain, signer, uri, s.cfg.AuthorityTTL, s.cfg.Now())
+	}
 	if kind == identity.AuthorityX509 {
 		a, key, err = ca.NewX509Authority(s.cfg.TrustDomain, s.cfg.AuthorityTTL, s.cfg.Now())
 	} else {

@@ -20,6 +20,9 @@ func (s *Server) Ready() error {
 	default:
 	}
 	if err := s.cfg.CA.Ready(); err != nil {
+		if why := s.noAuthority(); why != nil {
+			return why
+		}
 		return fmt.Errorf("%w: this member cannot sign yet: %v", identity.ErrUnavailable, err)
 	}
 	if stale := s.cfg.Cluster.Staleness(); stale > s.cfg.MaxStaleness {

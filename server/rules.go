@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
+	downstreamv1 "countersign.io/countersign/api/downstream/v1"
 	memberv1 "countersign.io/countersign/api/member/v1"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
@@ -32,6 +33,13 @@ func ruleFor(method string) kind {
 		nodev1.Node_Sync_FullMethodName:
 		return agent
 
+	case downstreamv1.Downstream_Sign_FullMethodName,
+		downstreamv1.Downstream_Sync_FullMethodName:
+		return workload // with a downstream entry, see downstreamEntry
+
+	case memberv1.Member_Keyring_FullMethodName:
+		return member // on the list, see currentMember
+
 	case workloadv1.Workload_IssueX509_FullMethodName,
 		workloadv1.Workload_IssueJWT_FullMethodName:
 		return agent | guest
@@ -51,6 +59,10 @@ func ruleFor(method string) kind {
 		adminv1.Admin_EvictAgent_FullMethodName,
 		adminv1.Admin_GetBundle_FullMethodName,
 		adminv1.Admin_Status_FullMethodName,
+		adminv1.Admin_SealStatus_FullMethodName,
+		adminv1.Admin_RotateSeal_FullMethodName,
+		adminv1.Admin_RewrapSeal_FullMethodName,
+		adminv1.Admin_ListAuthorities_FullMethodName,
 		adminv1.Admin_ClusterStatus_FullMethodName,
 		adminv1.Admin_RemoveMember_FullMethodName,
 		adminv1.Admin_TransferLeader_FullMethodName,

@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -28,6 +29,7 @@ import (
 	"google.golang.org/grpc/reflection"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
+	downstreamv1 "countersign.io/countersign/api/downstream/v1"
 	memberv1 "countersign.io/countersign/api/member/v1"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
@@ -56,6 +58,11 @@ type Config struct {
 	Seal    func(plaintext, ad []byte) ([]byte, error)
 	Open    func(identity.Authority) (crypto.Signer, error)
 	Keyring func() ([]byte, error)
+	// Sealing is how the data keys change; zero: they do not.
+	Sealing Sealing
+	// X509Key opens the key of the x509 authority in a KMS or HSM, or makes it, and says where it is; nil: the leader makes a
+	// key, which rests sealed.
+	X509Key func(ctx context.Context) (key crypto.Signer, uri string, err error)
 	// Keep is called with the authorities (their keys sealed) when they have changed, so that this member can show
 	// its certificate after a restart, before it has any state.
 	Keep func([]identity.Authority) error
@@ -74,6 +81,16 @@ type Config struct {
 	// the kube cluster whose nodes their common names are; empty: such agents serve no pods.
 	X509PopRoots       *x509.CertPool
 	X509PopKubeCluster string
+	// Upstream is above the x509 authority; nil: there is none, and the leader makes a root. Outside and Authorities are
+	// needed for it, and for clusters below; nil: neither.
+	Upstream    Upstream
+	Outside     Outside
+	Authorities AuthorityWriter
+	// RootSettle is how long a new root must have been in the bundle before anything is signed below it; 0: twice the bundle's
+	// refresh hint.
+	RootSettle time.Duration
+	// SealTerm tells the term that a sealed key was sealed under, for operators; nil: it is not told.
+	SealTerm func(sealed []byte) (uint32, bool)
 
 	Limits Limits
 	Now    func() time.Time // nil: time.Now
@@ -89,6 +106,8 @@ type Server struct {
 	turns  chan struct{} // see verify
 	// what strangers may cause of log lines: refusals, and faults of ours
 	refusals, faults *lineLimit
+	seal             sealTending
+	orphanAfter      time.Duration // see settleTerm
 	backups          chan struct{} // a place for each that is being made
 	backupStall      time.Duration
 
@@ -97,10 +116,14 @@ type Server struct {
 	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first
 	clusters atomic.Pointer[map[string]uint64]
 	caughtUp atomic.Bool // see Ready
-	health   *health.Server
-	agents   *grpc.Server
-	guests   *grpc.Server
-	admin    *grpc.Server
+
+	upstream     upstreamHealth
+	upstreamWake chan struct{} // has an element when the leader's loop is to look, see runUpstream
+	downstreams  *downstreams
+	health       *health.Server
+	agents       *grpc.Server
+	guests       *grpc.Server
+	admin        *grpc.Server
 }
 
 // New checks the configuration and starts nothing.
@@ -125,7 +148,11 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
-	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
+	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), seal: newSealTending(), orphanAfter: orphanAfter, backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
+	s.upstreamWake = make(chan struct{}, 1)
+	if s.downstreams, err = newDownstreams(); err != nil {
+		return nil, fmt.Errorf("making the server: %w", err)
+	}
 	s.hub = newHub(s.matching, cfg.Now)
 	s.agents = s.newGRPC(handshaken{}, maxAgentMessage, 256, keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})
 	// Whoever proved nothing gets little memory and little time.
@@ -137,6 +164,7 @@ func New(cfg Config) (*Server, error) {
 		nodev1.RegisterNodeServer(g, nodeService{Server: s})
 		workloadv1.RegisterWorkloadServer(g, workloadService{Server: s})
 		memberv1.RegisterMemberServer(g, memberService{Server: s})
+		downstreamv1.RegisterDownstreamServer(g, downstreamService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
 	}
 	adminv1.RegisterAdminServer(s.admin, adminService{Server: s})
@@ -174,6 +202,7 @@ func (c *Config) check() error {
 	need(cl.Staleness != nil && cl.Members != nil && cl.Health != nil && cl.AddMember != nil && cl.RemoveMember != nil && cl.TransferLeader != nil && cl.ReadBarrier != nil, "Cluster")
 	need(c.Seal != nil && c.Open != nil && c.Keyring != nil && c.Keep != nil, "Seal, Open, Keyring or Keep")
 	need(c.Log != nil, "Log")
+	errs = append(errs, c.Sealing.check())
 	return errors.Join(errs...)
 }
 
@@ -201,6 +230,9 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return ended(ctx, s.cfg.Pods.Run(ctx, s.hub.podGone)) })
 	g.Go(func() error { return ended(ctx, s.cfg.CA.Run(ctx)) })
 	g.Go(func() error { return s.watchReady(ctx) })
+	if s.cfg.Sealing.on() {
+		g.Go(func() error { return s.tendSeal(ctx) })
+	}
 	for _, x := range []struct {
 		srv *grpc.Server
 		on  net.Listener
@@ -219,6 +251,7 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) stop() {
 	s.health.Shutdown()
 	s.hub.endAll(fmt.Errorf("%w: this member is stopping: use another", identity.ErrUnavailable), true)
+	s.downstreams.stop()
 	var g errgroup.Group
 	for _, srv := range []*grpc.Server{s.agents, s.guests, s.admin} {
 		g.Go(func() error {
@@ -245,6 +278,9 @@ func ended(ctx context.Context, err error) error {
 // changed takes up changes of the state, in order. What verifies and signs comes before those who will ask.
 func (s *Server) changed(changes []identity.Change) {
 	var reset, bundle, clusters bool
+	if slices.ContainsFunc(changes, concernsSeal) {
+		s.seal.wake()
+	}
 	for _, c := range changes {
 		reset = reset || c.Reset
 		bundle = bundle || c.Bundle || c.Reset
@@ -255,6 +291,8 @@ func (s *Server) changed(changes []identity.Change) {
 	}
 	if bundle {
 		s.takeAuthorities()
+		s.wakeUpstream()
+		s.downstreams.changed()
 	}
 	if clusters {
 		s.takeClusters()

@@ -1380,6 +1380,7 @@ type StatusResponse struct {
 	AgentsConnected   uint32                         `protobuf:"varint,9,opt,name=agents_connected,json=agentsConnected,proto3" json:"agents_connected,omitempty"`
 	BundleSequence    uint64                         `protobuf:"varint,10,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	Staleness         *durationpb.Duration           `protobuf:"bytes,11,opt,name=staleness,proto3" json:"staleness,omitempty"` // since a leader was last heard
+	Degraded          []string                       `protobuf:"bytes,12,rep,name=degraded,proto3" json:"degraded,omitempty"`   // what will stop it from issuing unless somebody sees to it, the most urgent first
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1487,6 +1488,13 @@ func (x *StatusResponse) GetBundleSequence() uint64 {
 func (x *StatusResponse) GetStaleness() *durationpb.Duration {
 	if x != nil {
 		return x.Staleness
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetDegraded() []string {
+	if x != nil {
+		return x.Degraded
 	}
 	return nil
 }
@@ -2139,7 +2147,7 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"`\n" +
 	"\x0eBundleResponse\x127\n" +
 	"\x06bundle\x18\x01 \x01(\v2\x1f.countersign.workload.v1.BundleR\x06bundle\x12\x15\n" +
-	"\x06ca_pin\x18\x02 \x01(\tR\x05caPin\"\xaf\x04\n" +
+	"\x06ca_pin\x18\x02 \x01(\tR\x05caPin\"\xcb\x04\n" +
 	"\x0eStatusResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1b\n" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\x12\x18\n" +
@@ -2152,7 +2160,8 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\x10agents_connected\x18\t \x01(\rR\x0fagentsConnected\x12'\n" +
 	"\x0fbundle_sequence\x18\n" +
 	" \x01(\x04R\x0ebundleSequence\x127\n" +
-	"\tstaleness\x18\v \x01(\v2\x19.google.protobuf.DurationR\tstaleness\x1af\n" +
+	"\tstaleness\x18\v \x01(\v2\x19.google.protobuf.DurationR\tstaleness\x12\x1a\n" +
+	"\bdegraded\x18\f \x03(\tR\bdegraded\x1af\n" +
 	"\fMemberStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
