@@ -28,6 +28,11 @@ func TestReadsDoNotWaitForWrites(t *testing.T) {
 	s.KubeClusters()
 	s.Bundle()
 	s.Members()
+	s.Level()
+	s.SealTerms()
+	s.Foreign()
+	s.Downstream("spiffe://example.org/w-1")
+	s.JoinToken(hashOf("t-1"))
 	s.Authorities()
 	if s.Revision() == 0 || len(snapshotOf(t, s)) == 0 {
 		t.Error("nothing there")
@@ -57,11 +62,16 @@ func TestEverythingAtOnce(t *testing.T) {
 				s.KubeClusters()
 				s.Authorities()
 				s.Members()
+				s.Level()
+				s.SealTerms()
+				s.Foreign()
+				s.Downstream("spiffe://example.org/w-1")
+				s.JoinToken(hashOf("t-1"))
 			}
 		})
 	}
 	for i := 0; i < len(log); i += 15 {
-		s.ApplyBatch(log[i : i+15])
+		s.ApplyBatch(log[i:min(i+15, len(log))])
 		if i%300 == 0 {
 			if err := s.Restore(bytes.NewReader(snapshotOf(t, s))); err != nil {
 				t.Error(err)

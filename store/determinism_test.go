@@ -68,6 +68,7 @@ func TestSameLogSameBytes(t *testing.T) {
 func TestRandomLogReachesEverything(t *testing.T) {
 	s := openAt(t, stateDir(t))
 	seen := map[string]int{}
+	foreign := 0
 	for _, e := range randomCommands(rand.New(rand.NewPCG(3, 1)), 1500) {
 		c, err := decodeCommand(e.Data)
 		if err != nil {
@@ -78,13 +79,18 @@ func TestRandomLogReachesEverything(t *testing.T) {
 			r.Code = "refused"
 		}
 		seen[c.Type+" "+r.Code]++
+		foreign = max(foreign, len(s.Foreign()))
+	}
+	if foreign < 2 || len(s.SealTerms()) == 0 || s.Level() != 2 || len(s.view.downstream) == 0 {
+		t.Errorf("level %d, terms %v, %d with foreign keys, downstream entries %v", s.Level(), s.SealTerms(), foreign, s.view.downstream)
 	}
 	for _, typ := range []string{createEntry, updateEntry, deleteEntry, putKubeCluster, deleteKubeCluster, createJoinToken, useJoinToken,
-		putAgent, banAgent, evictAgent, createAuthority, putMember, removeMember, sweep} {
+		putAgent, banAgent, evictAgent, createAuthority, putMember, removeMember, sweep, setLevel, admitAgent,
+		putSealTerm, ackSealTerm, activateSealTerm, dropSealTerm, resealAuthority, prepareAuthority, activateAuthority, dropAuthority, putForeign} {
 		if seen[typ+" "] == 0 {
 			t.Errorf("no %s was applied", typ)
 		}
-		if seen[typ+" refused"] == 0 && typ != sweep && typ != putMember && typ != createAuthority {
+		if seen[typ+" refused"] == 0 && typ != sweep && typ != putMember {
 			t.Errorf("no %s was refused", typ)
 		}
 	}

@@ -5,10 +5,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"fmt"
-	"math/rand/v2"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -166,6 +165,8 @@ func checkConsistent(t testing.TB, s *Store) {
 			{"revision", have.revision, v.revision}, {"entries", have.entries, v.entries}, {"agents", have.agents, v.agents}, {"banned nodes", have.bannedNodes, v.bannedNodes},
 			{"kube clusters", have.kube, v.kube}, {"bundle", have.bundle, v.bundle},
 			{"authorities", values(have.authorities), values(v.authorities)}, {"members", values(have.members), values(v.members)},
+			{"level", have.level, v.level}, {"downstream entries", downstreamIDs(have), downstreamIDs(v)},
+			{"foreign keys", values(have.foreign), values(v.foreign)}, {"seal terms", values(have.seal), values(v.seal)},
 		} {
 			if !reflect.DeepEqual(c.have, c.want) {
 				t.Errorf("%s in memory: %+v\nin the file: %+v", c.name, c.have, c.want)
@@ -194,6 +195,17 @@ func checkConsistent(t testing.TB, s *Store) {
 	s.view.index.check(t, &s.view.index.root)
 }
 
+func downstreamIDs(v *view) map[string][]string {
+	out := make(map[string][]string)
+	for id, entries := range v.downstream {
+		for _, r := range entries {
+			out[id] = append(out[id], r.ID)
+		}
+		slices.Sort(out[id])
+	}
+	return out
+}
+
 // check walks the index: sizes add up and every entry hangs below its own selectors.
 func (x *matchIndex) check(t testing.TB, n *node) int {
 	t.Helper()
@@ -218,67 +230,4 @@ func (x *matchIndex) check(t testing.TB, n *node) int {
 		}
 	}
 	return size
-}
-
-// randomCommands makes a log of n commands of every kind, many of which are refused.
-func randomCommands(rnd *rand.Rand, n int) []raft.Entry {
-	var out []raft.Entry
-	index, clock := uint64(0), now
-	add := func(typ string, data any) {
-		index += 1 + uint64(rnd.IntN(3)) // raft's own entries leave gaps
-		clock = clock.Add(time.Duration(rnd.IntN(30)) * time.Second)
-		cmd, err := encodeCommand(typ, clock, data)
-		if err != nil {
-			panic(err)
-		}
-		out = append(out, raft.Entry{Index: index, Term: 1, Data: cmd})
-	}
-	id := func(what string) string { return fmt.Sprintf("%s-%d", what, rnd.IntN(25)) }
-	entry := func() identity.Entry {
-		e := entryFor(id("e"), "/"+id("w"), "k8s:ns:"+id("n"), "k8s:sa:"+id("s"))
-		if rnd.IntN(3) == 0 {
-			e.ExpiresAt = clock.Add(time.Duration(rnd.IntN(3600)) * time.Second).In(time.FixedZone("", 7200))
-		}
-		return e
-	}
-	for range n {
-		switch rnd.IntN(16) {
-		case 0, 1, 2:
-			add(createEntry, entry())
-		case 3, 4:
-			add(updateEntry, updateEntryData{Entry: entry(), IfRevision: uint64(rnd.IntN(2)) * index / 2})
-		case 5:
-			add(deleteEntry, keyData{id("e")})
-		case 6:
-			add(putKubeCluster, putKubeClusterData{cluster(id("k")), rnd.IntN(2) == 0})
-		case 7:
-			add(deleteKubeCluster, keyData{id("k")})
-		case 8:
-			add(createJoinToken, token(id("t"), identity.JoinAgent, clock.Add(time.Hour)))
-		case 9:
-			add(useJoinToken, useJoinTokenData{hashOf(id("t")), identity.JoinAgent})
-		case 10:
-			a := agent(id("a"))
-			if rnd.IntN(2) == 0 {
-				a.Kind, a.KubeCluster, a.KubeNode = "kube", id("k"), id("n")
-			}
-			add(putAgent, a)
-		case 11:
-			add([]string{banAgent, evictAgent}[rnd.IntN(2)], keyData{agent(id("a")).ID})
-		case 12:
-			a := authority([]identity.AuthorityKind{identity.AuthorityX509, identity.AuthorityJWT}[rnd.IntN(2)], id("auth"))
-			if rnd.IntN(2) == 0 {
-				a.State = identity.AuthorityPrepared
-			}
-			add(createAuthority, a)
-		case 13:
-			add(putMember, identity.Member{ID: id("m"), Address: id("host") + ":1"})
-		case 14:
-			add(removeMember, keyData{id("m")})
-		case 15:
-			clock = clock.Add(time.Duration(max(0, rnd.IntN(40)-30)) * time.Hour)
-			add(sweep, sweepData{Limit: 1 + rnd.IntN(5)})
-		}
-	}
-	return out
 }

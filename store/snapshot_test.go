@@ -165,7 +165,7 @@ func TestSnapshotWhileWriting(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := 1000; i < len(log); i += 10 { // would hang if writers waited for the snapshot
-		s.ApplyBatch(log[i : i+10])
+		s.ApplyBatch(log[i:min(i+10, len(log))])
 	}
 	var b bytes.Buffer
 	if _, err := snap.WriteTo(&b); err != nil {
