@@ -27,6 +27,7 @@ func (s *Server) RunLeader(ctx context.Context) error {
 	if s.cfg.Sealing.on() {
 		wg.Go(func() { s.leadSeal(ctx) })
 	}
+	wg.Go(func() { _ = s.runUpstream(ctx) }) // it has no errors of its own
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		err := s.ensureAuthorities(ctx)
 		if err == nil {
@@ -126,8 +127,8 @@ func (s *Server) raiseLevel(ctx context.Context) error {
 // keeps the first.
 func (s *Server) ensureAuthorities(ctx context.Context) error {
 	for _, kind := range []identity.AuthorityKind{identity.AuthorityX509, identity.AuthorityJWT} {
-		if s.hasActive(kind) {
-			continue
+		if s.hasActive(kind) || kind == identity.AuthorityX509 && s.cfg.Upstream != nil {
+			continue // one below an upstream is runUpstream's
 		}
 		a, err := s.makeAuthority(ctx, kind)
 		if err != nil {

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
+	downstreamv1 "countersign.io/countersign/api/downstream/v1"
 	memberv1 "countersign.io/countersign/api/member/v1"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
@@ -31,6 +32,10 @@ func ruleFor(method string) kind {
 	case nodev1.Node_Renew_FullMethodName,
 		nodev1.Node_Sync_FullMethodName:
 		return agent
+
+	case downstreamv1.Downstream_Sign_FullMethodName,
+		downstreamv1.Downstream_Sync_FullMethodName:
+		return workload // with a downstream entry, see downstreamEntry
 
 	case memberv1.Member_Keyring_FullMethodName:
 		return member // on the list, see currentMember
@@ -57,6 +62,7 @@ func ruleFor(method string) kind {
 		adminv1.Admin_SealStatus_FullMethodName,
 		adminv1.Admin_RotateSeal_FullMethodName,
 		adminv1.Admin_RewrapSeal_FullMethodName,
+		adminv1.Admin_ListAuthorities_FullMethodName,
 		adminv1.Admin_ClusterStatus_FullMethodName,
 		adminv1.Admin_RemoveMember_FullMethodName,
 		adminv1.Admin_TransferLeader_FullMethodName,

@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc/reflection"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
+	downstreamv1 "countersign.io/countersign/api/downstream/v1"
 	memberv1 "countersign.io/countersign/api/member/v1"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
@@ -80,6 +81,16 @@ type Config struct {
 	// the kube cluster whose nodes their common names are; empty: such agents serve no pods.
 	X509PopRoots       *x509.CertPool
 	X509PopKubeCluster string
+	// Upstream is above the x509 authority; nil: there is none, and the leader makes a root. Outside and Authorities are
+	// needed for it, and for clusters below; nil: neither.
+	Upstream    Upstream
+	Outside     Outside
+	Authorities AuthorityWriter
+	// RootSettle is how long a new root must have been in the bundle before anything is signed below it; 0: twice the bundle's
+	// refresh hint.
+	RootSettle time.Duration
+	// SealTerm tells the term that a sealed key was sealed under, for operators; nil: it is not told.
+	SealTerm func(sealed []byte) (uint32, bool)
 
 	Limits Limits
 	Now    func() time.Time // nil: time.Now
@@ -105,10 +116,14 @@ type Server struct {
 	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first
 	clusters atomic.Pointer[map[string]uint64]
 	caughtUp atomic.Bool // see Ready
-	health   *health.Server
-	agents   *grpc.Server
-	guests   *grpc.Server
-	admin    *grpc.Server
+
+	upstream     upstreamHealth
+	upstreamWake chan struct{} // has an element when the leader's loop is to look, see runUpstream
+	downstreams  *downstreams
+	health       *health.Server
+	agents       *grpc.Server
+	guests       *grpc.Server
+	admin        *grpc.Server
 }
 
 // New checks the configuration and starts nothing.
@@ -134,6 +149,10 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
 	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), seal: newSealTending(), orphanAfter: orphanAfter, backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
+	s.upstreamWake = make(chan struct{}, 1)
+	if s.downstreams, err = newDownstreams(); err != nil {
+		return nil, fmt.Errorf("making the server: %w", err)
+	}
 	s.hub = newHub(s.matching, cfg.Now)
 	s.agents = s.newGRPC(handshaken{}, maxAgentMessage, 256, keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second})
 	// Whoever proved nothing gets little memory and little time.
@@ -145,6 +164,7 @@ func New(cfg Config) (*Server, error) {
 		nodev1.RegisterNodeServer(g, nodeService{Server: s})
 		workloadv1.RegisterWorkloadServer(g, workloadService{Server: s})
 		memberv1.RegisterMemberServer(g, memberService{Server: s})
+		downstreamv1.RegisterDownstreamServer(g, downstreamService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
 	}
 	adminv1.RegisterAdminServer(s.admin, adminService{Server: s})
@@ -231,6 +251,7 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) stop() {
 	s.health.Shutdown()
 	s.hub.endAll(fmt.Errorf("%w: this member is stopping: use another", identity.ErrUnavailable), true)
+	s.downstreams.stop()
 	var g errgroup.Group
 	for _, srv := range []*grpc.Server{s.agents, s.guests, s.admin} {
 		g.Go(func() error {
@@ -270,6 +291,8 @@ func (s *Server) changed(changes []identity.Change) {
 	}
 	if bundle {
 		s.takeAuthorities()
+		s.wakeUpstream()
+		s.downstreams.changed()
 	}
 	if clusters {
 		s.takeClusters()
