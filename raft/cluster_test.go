@@ -286,7 +286,7 @@ func (c *cluster) tryStart(m *member, bootstrap bool) error {
 	c.net.mu.Unlock()
 	m.cfg = Config{
 		ID: m.name, Address: m.address, Dir: m.dir, Machine: m.machine, Listener: l, Dial: c.net.dial(m.name), Peer: c.net.peer,
-		Bootstrap: bootstrap, Log: testLog(c.t), HeartbeatTimeout: 400 * time.Millisecond, LeaderWait: patience, StableFor: 50 * time.Millisecond,
+		Bootstrap: bootstrap, Log: testLog(c.t), HeartbeatTimeout: 400 * time.Millisecond, LeaderWait: patience, StableFor: 200 * time.Millisecond,
 	}
 	if c.tune != nil {
 		c.tune(&m.cfg)

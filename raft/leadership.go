@@ -91,7 +91,7 @@ func (n *Node) ascend() {
 	reign, end := context.WithCancel(n.ctx)
 	n.fresh.leads(term)
 	n.lead.set(reign, end)
-	n.spawn(func() { n.promote(reign) })
+	n.spawn(func() { n.watchOver(reign) })
 }
 
 // watchLeader wakes those who wait for a leader.

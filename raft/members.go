@@ -5,13 +5,9 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"time"
 
 	hraft "github.com/hashicorp/raft"
 )
-
-// caughtUp is how many entries a member may lack to get its vote.
-const caughtUp = 256
 
 // Member is one member of the cluster.
 type Member struct {
@@ -85,39 +81,20 @@ func (n *Node) addNow(payload []byte) (answer, error) {
 	return answer{}, classifyChange(f.Error())
 }
 
-// promote gives members their vote once they have caught up, while this member leads.
-func (n *Node) promote(reign context.Context) {
-	tick := time.NewTicker(n.cfg.HeartbeatTimeout / 2)
-	defer tick.Stop()
-	for {
-		select {
-		case <-reign.Done():
-			return
-		case <-tick.C:
-		}
-		for _, m := range n.Members() {
-			if m.Voter || !n.hasCaughtUp(reign, m) {
-				continue
-			}
-			n.giveVote(m)
-		}
-	}
-}
-
 // giveVote makes a member a voter if it is still one of the cluster: without the second look, a member that
 // was removed while it was asked how far it is would come back.
-func (n *Node) giveVote(m Member) {
+func (n *Node) giveVote(m Member) error {
 	n.changing.Lock()
 	defer n.changing.Unlock()
 	if !slices.Contains(n.Members(), m) {
-		return
+		return nil
 	}
 	f := n.raft.AddVoter(hraft.ServerID(m.ID), hraft.ServerAddress(m.Address), 0, n.cfg.RPCTimeout)
 	if err := n.await(f); err != nil {
-		n.log.Warn("giving a member its vote failed", "member", m.ID, "error", err)
-		return
+		return fmt.Errorf("giving member %s its vote: %w", m.ID, err)
 	}
 	n.log.Info("member has caught up and votes now", "member", m.ID, "address", m.Address)
+	return nil
 }
 
 // removeNow is RemoveMember on the leader.
@@ -125,13 +102,4 @@ func (n *Node) removeNow(payload []byte) (answer, error) {
 	n.changing.Lock()
 	defer n.changing.Unlock()
 	return answer{}, classifyChange(n.raft.RemoveServer(hraft.ServerID(payload), 0, n.cfg.LeaderWait).Error())
-}
-
-// hasCaughtUp asks a member how far it is. The question itself proves that others can reach it.
-func (n *Node) hasCaughtUp(ctx context.Context, m Member) bool {
-	ctx, cancel := context.WithTimeout(ctx, n.cfg.RPCTimeout)
-	defer cancel()
-	want := n.fsm.appliedIndex()
-	w, err := n.askWord(ctx, m)
-	return err == nil && w.Applied+caughtUp >= want
 }
