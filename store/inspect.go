@@ -25,6 +25,7 @@ type Summary struct {
 	KubeClusters int
 	JoinTokens   int
 	Agents       int
+	Banned       int // of the agents
 	Authorities  int
 	Members      int
 	SealTerms    int
@@ -156,6 +157,9 @@ func (s *summarizer) add(k kind, key string, value []byte) (any, error) {
 		s.JoinTokens++
 	case *identity.Agent:
 		s.Agents++
+		if r.Banned {
+			s.Banned++
+		}
 		revision = r.Revision
 	case *identity.Authority:
 		s.Authorities++
