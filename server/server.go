@@ -66,6 +66,8 @@ type Config struct {
 	// Keep is called with the authorities (their keys sealed) when they have changed, so that this member can show
 	// its certificate after a restart, before it has any state.
 	Keep func([]identity.Authority) error
+	// Degraded says what else of this member somebody should see to, though it issues; nil: nothing.
+	Degraded func() []string
 	// Backup writes a backup of the state as of the call; nil: this member makes none. It must end when ctx does.
 	Backup func(ctx context.Context, w io.Writer) error
 

@@ -98,7 +98,8 @@ func (h *upstreamHealth) say() []string {
 	return out
 }
 
-// Degraded says what will stop this member from issuing unless somebody sees to it, the most urgent first. Issuance goes
+// Degraded says what will stop this member from issuing unless somebody sees to it, the most urgent first, and what else of it
+// is not as configured. Issuance goes
 // on meanwhile: Ready says whether it does.
 func (s *Server) Degraded() []string {
 	out := s.upstream.say()
@@ -114,6 +115,9 @@ func (s *Server) Degraded() []string {
 		case a.Upstream == "" && left < life/10:
 			out = append(out, fmt.Sprintf("the %s authority %s ends at %s", a.Kind, a.ID, a.NotAfter.UTC().Format(time.RFC3339)))
 		}
+	}
+	if s.cfg.Degraded != nil {
+		out = append(out, s.cfg.Degraded()...)
 	}
 	return out
 }

@@ -157,7 +157,7 @@ With the key (--key, or backup.key of the configuration) every byte is verified,
 				if err != nil {
 					return named(args[0], err)
 				}
-				r.State = &sum
+				r.State = reportOf(sum)
 			}
 			return a.out.Print(cmd.OutOrStdout(), r, func() cli.Table { return r.table() })
 		},
@@ -235,9 +235,9 @@ func drained(r io.Reader) error {
 
 // report is what is told of a backup.
 type report struct {
-	File   string         `json:"file"`
-	Header backup.Header  `json:"header"`
-	State  *store.Summary `json:"state,omitempty"` // only where all was verified
+	File   string        `json:"file"`
+	Header backup.Header `json:"header"`
+	State  *stateReport  `json:"state,omitempty"` // only where all was verified
 }
 
 func (r report) table() cli.Table {
@@ -246,11 +246,11 @@ func (r report) table() cli.Table {
 		{"file", r.File}, {"trust domain", h.TrustDomain}, {"made", h.CreatedAt.UTC().Format(time.RFC3339) + " by member " + h.Member + ", version " + h.Version},
 		{"state", fmt.Sprintf("%s, revision %d, level %d", bytesOf(h.Size), h.Revision, h.Level)},
 		{"confirmed", map[bool]string{true: "yes: it lacks nothing that was acknowledged before", false: "no: there was no leader, it may lack what was written last"}[h.Confirmed]},
-		{"opens with", h.Key},
+		{"opens with", h.Key + " (keep a copy of it elsewhere)"},
 	}}
 	if r.State != nil {
 		t.Rows = append(t.Rows, []string{"verified", "every byte"})
-		t.Rows = append(t.Rows, summaryRows(*r.State)...)
+		t.Rows = append(t.Rows, r.State.rows()...)
 	}
 	return t
 }

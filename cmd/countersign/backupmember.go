@@ -46,6 +46,17 @@ func (m *member) saveBackup(ctx context.Context, w io.Writer) error {
 	})
 }
 
+// degraded says what of this member's own is not as configured.
+func (m *member) degraded() []string {
+	if m.backups == nil {
+		return nil
+	}
+	if err := m.backups.Health(); err != nil {
+		return []string{err.Error()}
+	}
+	return nil
+}
+
 // confirm reports whether this member has all that was acknowledged anywhere. Without a leader a backup is wanted all the more:
 // it then says that it is of what one member knew.
 func (m *member) confirm(ctx context.Context) bool {
@@ -107,7 +118,7 @@ func openBackupKey(ctx context.Context, c *config.Server) (_ seal.KEK, closeKEK 
 	o.MustExist = true
 	kek, err := seal.OpenKEK(ctx, c.Backup.Key, o)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: opening the key of backups (backup.key): %w", identity.ErrPrecondition, err)
+		return nil, nil, fmt.Errorf("%w: opening the key of backups (backup.key, or --key): %w", identity.ErrPrecondition, err)
 	}
 	return kek, func() {
 		if k, ok := kek.(io.Closer); ok {

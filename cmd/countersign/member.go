@@ -268,7 +268,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
 		Pods:    m.pods,
 		Cluster: m.cluster(),
-		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities, Backup: m.saveBackup,
+		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities, Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
 		Now: m.hooks.now, Log: m.log,

@@ -64,11 +64,11 @@ happened, beside this one or against it.`,
 
 // restored is what a restore made, and what is to be done after it.
 type restored struct {
-	Member  string        `json:"member"`
-	DataDir string        `json:"data_dir"`
-	Backup  report        `json:"backup"`
-	State   store.Summary `json:"state"` // as restored
-	Next    []string      `json:"next"`
+	Member  string       `json:"member"`
+	DataDir string       `json:"data_dir"`
+	Backup  report       `json:"backup"`
+	State   *stateReport `json:"state"` // as restored
+	Next    []string     `json:"next"`
 }
 
 // restoreRevision is above every revision that the cluster, or an earlier restore of it, can have given: those go on by
@@ -115,10 +115,12 @@ func restoreBackup(cmd *cobra.Command, c *config.Server, path string, now time.T
 	if err != nil {
 		return nil, named(path, err)
 	}
-	res := &restored{Member: c.Name, DataDir: c.DataDir, Backup: report{File: path, Header: h, State: &sum}}
-	if res.State, err = d.restore(ctx, c, cmd.ErrOrStderr(), f, sum, now); err != nil {
+	res := &restored{Member: c.Name, DataDir: c.DataDir, Backup: report{File: path, Header: h, State: reportOf(sum)}}
+	out, err := d.restore(ctx, c, cmd.ErrOrStderr(), f, sum, now)
+	if err != nil {
 		return nil, fmt.Errorf("restoring %s into %s: %w", path, c.DataDir, err)
 	}
+	res.State = reportOf(out)
 	res.Next = nextSteps(c, sum, h)
 	return res, nil
 }
@@ -224,17 +226,14 @@ func (d *dataDir) restoreState(ctx context.Context, c *config.Server, stderr io.
 
 // nextSteps is what only the operator can do.
 func nextSteps(c *config.Server, sum store.Summary, h backup.Header) []string {
+	at := h.CreatedAt.UTC().Format(time.RFC3339)
 	out := []string{
 		"make sure that no member of the lost cluster runs, or can come back with its old folder",
 		"start this member: countersign server run (it is the whole cluster now)",
 		"let the others join anew, with empty folders: countersign token create --server",
-		fmt.Sprintf("of what happened since %s nothing is known: repeat the bans, evictions and other changes made since; every join token is spent, make new ones", h.CreatedAt.UTC().Format(time.RFC3339)),
-	}
-	if sum.Members > 1 || sum.Members == 1 {
-		out = append(out, fmt.Sprintf("the state names the %d members of the lost cluster: remove those that do not come back: countersign cluster remove NAME", sum.Members))
-	}
-	if sum.Agents > 0 {
-		out = append(out, fmt.Sprintf("the %d agents that the backup knows go on with their SVIDs once they find this member at an address that they know, or attest again", sum.Agents))
+		fmt.Sprintf("repeat what was changed since %s: of bans, evictions, entries and rotations made later nothing is known (the backup has %d agents, %d of them banned)", at, sum.Agents, sum.Banned),
+		"make new join tokens where some are under way: all are spent",
+		"see to the agents: those that are on record go on once this member has an address that they know, others attest again",
 	}
 	if strings.HasPrefix(c.Seal.Key, "file:") && filepath.Dir(strings.TrimPrefix(strings.TrimPrefix(c.Seal.Key, "file:"), "//")) == filepath.Clean(c.DataDir) {
 		out = append(out, "keep a copy of "+filepath.Join(c.DataDir, "kek")+" elsewhere: backups of this member open with it")
@@ -252,10 +251,35 @@ func (r *restored) table() cli.Table {
 	return t
 }
 
-func summaryRows(s store.Summary) [][]string {
+// stateReport is what a state holds.
+type stateReport struct {
+	TrustDomain  string `json:"trust_domain"`
+	Revision     uint64 `json:"revision"`
+	Sequence     uint64 `json:"bundle_sequence"`
+	Level        uint32 `json:"level"`
+	Entries      int    `json:"entries"`
+	KubeClusters int    `json:"kube_clusters"`
+	JoinTokens   int    `json:"join_tokens"`
+	Agents       int    `json:"agents"`
+	Banned       int    `json:"banned_agents"`
+	Authorities  int    `json:"authorities"`
+	Members      int    `json:"members"`
+	SealTerms    int    `json:"seal_terms"`
+	Foreign      int    `json:"foreign_bundles"`
+}
+
+func reportOf(s store.Summary) *stateReport {
+	return &stateReport{
+		TrustDomain: s.TrustDomain, Revision: s.Revision, Sequence: s.Sequence, Level: s.Level,
+		Entries: s.Entries, KubeClusters: s.KubeClusters, JoinTokens: s.JoinTokens, Agents: s.Agents, Banned: s.Banned,
+		Authorities: s.Authorities, Members: s.Members, SealTerms: s.SealTerms, Foreign: s.Foreign,
+	}
+}
+
+func (s *stateReport) rows() [][]string {
 	return [][]string{
 		{"holds", fmt.Sprintf("revision %d, bundle sequence %d, level %d", s.Revision, s.Sequence, s.Level)},
-		{"", fmt.Sprintf("%d entries, %d kube clusters, %d agents, %d join tokens", s.Entries, s.KubeClusters, s.Agents, s.JoinTokens)},
+		{"", fmt.Sprintf("%d entries, %d kube clusters, %d agents (%d banned), %d join tokens", s.Entries, s.KubeClusters, s.Agents, s.Banned, s.JoinTokens)},
 		{"", fmt.Sprintf("%d authorities, %d members, %d terms of the seal, %d foreign bundles", s.Authorities, s.Members, s.SealTerms, s.Foreign)},
 	}
 }
