@@ -401,7 +401,7 @@ func TestClusterRecover(t *testing.T) {
 		}
 		return out.String()
 	}
-	recoverBy(1, "ca-2\n", nil, "in use") // it runs
+	recoverBy(1, "ca-2\n", nil, "the member is running", "another process uses folder")
 	for _, m := range append(others, left) {
 		m.Kill()
 	}

@@ -88,7 +88,7 @@ Whoever has the removed member's disk and its key-encryption key can still open 
 			})
 		},
 	}
-	cmd.AddCommand(status, members, remove, transfer)
+	cmd.AddCommand(status, members, remove, transfer, recoverCommand())
 	return cmd
 }
 
