@@ -94,7 +94,7 @@ func verifyMarker(dir string) (ok bool, why string) {
 		return false, "its clean-shutdown marker is damaged"
 	}
 	if want.Format < 1 || want.Format > Level {
-		return false, fmt.Sprintf("it has format %d, and this version knows 1 to %d", want.Format, Level)
+		return false, fmt.Sprintf("it has format %d, and this version knows 1 to %d: a newer version wrote it, or its clean-shutdown marker is damaged", want.Format, Level)
 	}
 	if same, err := canonical(raw, want); err != nil || !same {
 		return false, "its clean-shutdown marker is damaged"
