@@ -34,7 +34,8 @@ import (
 //
 //	lock              one process at a time
 //	member.json       whose folder this is; written last, so that a crash before it starts over
-//	kek, keyring      the key-encryption key, and the data keys wrapped under it
+//	kek               the key-encryption key, unless seal.key names another
+//	keyring           the data keys, wrapped under it
 //	authorities.json  the replicated, sealed authority records as last seen: a member needs its TLS certificate before
 //	                  raft can have a leader, and a crash throws the state away
 //	raft/, state/     the log and the state
@@ -43,6 +44,7 @@ type dataDir struct {
 	td      spiffeid.TrustDomain
 	member  memberFile
 	keyring *seal.Keyring
+	keys    *sealKeys // keyring, and how it is kept
 	lock    io.Closer
 }
 
@@ -75,9 +77,9 @@ func openDataDir(ctx context.Context, c *config.Server) (_ *dataDir, err error) 
 			d.lock.Close()
 		}
 	}()
-	kek, err := seal.OpenFileKEK(d.file("kek"))
+	kek, old, err := d.openKEKs(ctx, c)
 	if err != nil {
-		return nil, fmt.Errorf("opening the key-encryption key: %w", err)
+		return nil, err
 	}
 	raw, err := durable.ReadPrivateFile(d.file("member.json"), maxStateFile)
 	switch {
@@ -89,8 +91,8 @@ func openDataDir(ctx context.Context, c *config.Server) (_ *dataDir, err error) 
 	if err != nil {
 		return nil, err
 	}
-	if d.keyring, _, err = seal.LoadKeyring(ctx, d.file("keyring"), kek, td); err != nil {
-		return nil, fmt.Errorf("opening the keyring: %w", err)
+	if err := d.openKeyring(ctx, kek, old); err != nil {
+		return nil, err
 	}
 	return d, nil
 }

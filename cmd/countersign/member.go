@@ -228,8 +228,11 @@ func (m *member) bundle() *identity.Bundle {
 	return m.cached
 }
 
-// openKey opens an authority's sealed key.
+// openKey opens an authority's key: the sealed one, or one that is elsewhere.
 func (m *member) openKey(a identity.Authority) (crypto.Signer, error) {
+	if a.KeyURI != "" {
+		return m.openKeyAt(a)
+	}
 	der, err := m.data.keyring.Open(a.SealedKey, identity.AuthorityAD(m.td, a.Kind, a.ID))
 	if err != nil {
 		return nil, fmt.Errorf("opening the key of %s authority %s: %w", a.Kind, a.ID, err)
@@ -268,7 +271,8 @@ func (m *member) replicate(ctx context.Context) error {
 		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
 		Pods:    m.pods,
 		Cluster: m.cluster(),
-		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities, Backup: m.saveBackup, Degraded: m.degraded,
+		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
+		Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
 		Now: m.hooks.now, Log: m.log,
