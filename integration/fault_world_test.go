@@ -221,6 +221,9 @@ func (w watcher) OnX509ContextUpdate(x *workloadapi.X509Context) {
 			continue
 		}
 		w.f.gaps.mu.Lock()
+		if leaf := s.Certificates[0]; time.Until(leaf.NotBefore) > time.Second || time.Now().After(leaf.NotAfter) {
+			w.f.gaps.gone = append(w.f.gaps.gone, fmt.Sprintf("at %s the workload got an SVID for %s to %s", time.Now().Format("15:04:05.0"), leaf.NotBefore.Format("15:04:05"), leaf.NotAfter.Format("15:04:05")))
+		}
 		w.f.gaps.until = s.Certificates[0].NotAfter
 		w.f.gaps.updates++
 		w.f.gaps.mu.Unlock()
