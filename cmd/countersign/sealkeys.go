@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -145,7 +146,7 @@ func (d *dataDir) openKEKs(ctx context.Context, c *config.Server) (seal.KEK, []s
 	exists := !errors.Is(statErr, fs.ErrNotExist)
 	// A key file that is gone must not be made anew: it would not open what is there.
 	o.MustExist = exists && len(c.Seal.OldKeys) == 0
-	kek, err := seal.OpenKEK(ctx, c.Seal.Key, o)
+	kek, err := seal.OpenKEK(ctx, cmp.Or(c.Seal.Key, "file:"+d.file("kek")), o)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: seal.key: %w", identity.ErrPrecondition, err)
 	}
