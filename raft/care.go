@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"math"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -29,6 +30,8 @@ type care struct {
 	mu    sync.Mutex
 	seen  map[hraft.ServerID]*contact
 	asked time.Time // end of the last round of questions
+
+	unmoved map[hraft.ServerID]string // new addresses that could not be taken over, as logged
 }
 
 // contact is what is known of one member since this member leads.
@@ -41,7 +44,7 @@ type contact struct {
 
 // watchOver runs autopilot until the reign ends.
 func (n *Node) watchOver(reign context.Context) {
-	c := &care{n: n, every: max(10*time.Millisecond, min(n.cfg.StableFor/4, time.Second/2)), seen: map[hraft.ServerID]*contact{}}
+	c := &care{n: n, every: max(10*time.Millisecond, min(n.cfg.StableFor/4, time.Second/2)), seen: map[hraft.ServerID]*contact{}, unmoved: map[hraft.ServerID]string{}}
 	pilot := autopilot.New(careRaft{c}, c,
 		autopilot.WithUpdateInterval(c.every), autopilot.WithReconcileInterval(c.every),
 		autopilot.WithPromoter(&promoter{}), autopilot.WithLogger(newHCLog(n.log, slog.LevelWarn, func() bool { return reign.Err() != nil })))
@@ -75,12 +78,17 @@ func (c *care) FetchServerStats(ctx context.Context, servers map[hraft.ServerID]
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	out := map[hraft.ServerID]*autopilot.ServerStats{}
+	moved := map[hraft.ServerID]string{}
 	for id, s := range servers {
 		wg.Go(func() {
+			at := c.n.cfg.Address
 			stats := &autopilot.ServerStats{LastContact: math.MaxInt64} // else autopilot goes on with the last it had
 			if id == c.n.self {
 				stats = &autopilot.ServerStats{LastTerm: term, LastIndex: c.n.fsm.appliedIndex()}
-			} else if w, err := c.n.askWord(ctx, Member{ID: string(id), Address: string(s.Address)}); err == nil {
+			} else if w, err := c.n.askWord(ctx, Member{ID: string(id), Address: string(s.Address)}); err != nil {
+				at = ""
+			} else {
+				at = w.Address
 				stats = &autopilot.ServerStats{LastContact: w.Contact, LastTerm: w.LastTerm, LastIndex: w.Applied}
 				if w.Commit == 0 && w.Contact == Never { // of protocol 1: it says only how far it is
 					stats.LastContact, stats.LastTerm = 0, term
@@ -89,11 +97,41 @@ func (c *care) FetchServerStats(ctx context.Context, servers map[hraft.ServerID]
 			mu.Lock()
 			defer mu.Unlock()
 			out[id] = stats
+			if at != "" && at != string(s.Address) {
+				moved[id] = at
+			}
 		})
 	}
 	wg.Wait()
+	for id, at := range moved {
+		c.readdress(id, at)
+	}
 	c.note(time.Now(), servers, out)
 	return out
+}
+
+// readdress puts the address that a member says it has, over a connection that is the member's for sure, into the
+// configuration. Two members that have swapped their addresses cannot get there one by one: raft takes no
+// address twice. They are in touch all the same, by the book; it is only said once.
+func (c *care) readdress(id hraft.ServerID, address string) {
+	n := c.n
+	n.changing.Lock()
+	defer n.changing.Unlock()
+	if !slices.ContainsFunc(n.Members(), func(m Member) bool { return m.ID == string(id) && m.Address != address }) {
+		return
+	}
+	// For a voter this changes the address and leaves the vote.
+	err := n.await(n.raft.AddNonvoter(id, hraft.ServerAddress(address), 0, n.cfg.RPCTimeout))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil:
+		n.log.Info("member has a new address", "member", id, "address", address)
+		delete(c.unmoved, id)
+	case c.unmoved[id] != address:
+		n.log.Warn("taking over a member's new address failed; it is tried again", "member", id, "address", address, "error", err)
+		c.unmoved[id] = address
+	}
 }
 
 // note keeps since when a member has not answered. Time in which nobody was asked does not count: a leader that

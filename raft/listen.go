@@ -116,14 +116,15 @@ func (n *Node) outcast(peer string) bool {
 	if peer == "" {
 		return false
 	}
-	sole := true
-	for _, m := range n.Members() {
+	members := n.Members()
+	sole := len(members) > 0
+	for _, m := range members {
 		if m.ID == peer {
 			return false
 		}
 		sole = sole && (m.ID == n.cfg.ID) == m.Voter
 	}
-	return sole && n.ownConfig() > 0 || n.left[peer]
+	return sole || n.left[peer]
 }
 
 // dial connects to the member with this id ("": whoever answers) and says what the connection is for.

@@ -137,6 +137,7 @@ func Open(cfg Config) (_ *Node, err error) {
 		return nil, fmt.Errorf("opening raft snapshots: %w", err)
 	}
 	n.book = newBook(cfg.ID)
+	n.loadBook()
 	n.fsm = newFSM(cfg.Machine, n.fail)
 	restore, err := checkStart(n.logs, snaps, n.fsm)
 	if err != nil {

@@ -26,69 +26,46 @@ func (r *removal) is() bool {
 	}
 }
 
-// Removed is closed when this member learns that it is no longer one: from the log, or, if it was down at the
-// time, from the leader, which it asks while it does not hear from it. From then on it asks for no vote.
-// Joining again takes an empty folder, or at least a restart.
+// Removed is closed when this member learns that it is no longer one: from the leader, which it asks when it hears
+// no more of it. From then on it asks for no vote. Joining again takes an empty folder, or at least a restart.
 func (n *Node) Removed() <-chan struct{} { return n.gone.done }
 
-func (n *Node) removed(how string) {
+func (n *Node) removed(by string) {
 	n.gone.once.Do(func() {
-		n.log.Warn("this member was removed from the cluster; end it, and give it an empty data folder to join again", "learned_from", how)
+		n.log.Warn("this member was removed from the cluster; end it, and give it an empty data folder to join again", "learned_from", by)
 		close(n.gone.done)
 	})
 }
 
-// ownConfig is the index of the newest configuration this member has if it is part of it, else 0: a member that
-// was not yet added is not one that was removed.
-func (n *Node) ownConfig() uint64 {
-	f := n.raft.GetConfiguration()
-	if f.Error() != nil {
-		return 0
+// lacks tells, on the leader only, whether a quorum has agreed that this is none of the members.
+func (n *Node) lacks(ctx context.Context, id string) bool {
+	if !n.IsLeader() || !n.changing.TryLock() {
+		return false
 	}
-	for _, s := range f.Configuration().Servers {
-		if s.ID == n.self {
-			return f.Index()
-		}
+	// No change is under way, and what earlier leaders left is committed: so this is what was agreed on.
+	term, members := n.raft.CurrentTerm(), n.Members()
+	n.changing.Unlock()
+	if len(members) == 0 || slices.ContainsFunc(members, func(m Member) bool { return m.ID == id }) {
+		return false
 	}
-	return 0
-}
-
-// lacks tells, on the leader only, whether a quorum has agreed on a configuration without the member, and on
-// which. A leader that is one no longer might not know that the member was added again: so it makes sure.
-func (n *Node) lacks(ctx context.Context, id string) (config uint64, lacks bool) {
-	if !n.IsLeader() {
-		return 0, false
-	}
-	term := n.raft.CurrentTerm()
-	f := n.raft.GetConfiguration()
-	if f.Error() != nil || f.Index() > n.raft.CommitIndex() {
-		return 0, false
-	}
-	for _, s := range f.Configuration().Servers {
-		if string(s.ID) == id {
-			return 0, false
-		}
-	}
+	// It might have been added again by a later leader that this one does not know of.
 	confirmed, _ := n.confirm(ctx, term)
-	return f.Index(), confirmed && n.raft.CurrentTerm() == term
+	return confirmed && n.raft.CurrentTerm() == term
 }
 
-// hear takes another member's word on whether this one is still a member.
-func (n *Node) hear(w word) {
-	if own := n.ownConfig(); w.Gone && own > 0 && w.Config > own {
-		n.removed(w.ID)
+// hear takes another member's word on whether this one is still a member. It counts for a member that was one (one
+// that has a configuration: a leader sent it) and only from one of its own cluster: a hint may lead to another. A
+// member that is the only one with a vote is told by nobody.
+func (n *Node) hear(peer string, w word) {
+	if !w.Gone {
+		return
 	}
-}
-
-// checkRemoved looks into the log: the removal itself may have come by.
-func (n *Node) checkRemoved(was bool) (is bool) {
-	f := n.raft.GetConfiguration()
-	if f.Error() != nil || f.Index() == 0 || f.Index() > n.raft.CommitIndex() {
-		return was
+	known, sole := false, true
+	for _, m := range n.Members() {
+		known = known || m.ID == peer
+		sole = sole && (m.ID == n.cfg.ID) == m.Voter
 	}
-	is = slices.ContainsFunc(n.Members(), func(m Member) bool { return m.ID == n.cfg.ID })
-	if was && !is {
-		n.removed("the log")
+	if known && !sole {
+		n.removed(peer)
 	}
-	return is
 }

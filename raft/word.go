@@ -33,9 +33,9 @@ type word struct {
 	LastTerm uint64        `json:"last_term,omitempty"`
 	Commit   uint64        `json:"commit,omitempty"`
 	Contact  time.Duration `json:"contact,omitempty"` // since it heard of the leader; 0 on the leader, Never
-	// Config is the index of the configuration that Gone is said of.
-	Config uint64 `json:"config,omitempty"`
-	// Gone is said to one who asked: by the leader, that a quorum agreed on a configuration without it.
+	// Member is said by one who asks: that it is a member, as far as it knows, or was.
+	Member bool `json:"member,omitempty"`
+	// Gone is said by the leader to one who is none.
 	Gone bool `json:"gone,omitempty"`
 }
 
@@ -112,9 +112,7 @@ func (n *Node) tell(ctx context.Context, peer string, payload []byte) answer {
 		n.learn(peer, asker)
 	}
 	w := n.word()
-	if peer != "" && asker.Config > 0 {
-		w.Config, w.Gone = n.lacks(ctx, peer)
-	}
+	w.Gone = peer != "" && asker.Member && n.lacks(ctx, peer)
 	b, err := w.marshal()
 	if err != nil {
 		n.log.Error("telling this member's status failed", "error", err)
@@ -144,14 +142,14 @@ func (n *Node) askWord(ctx context.Context, m Member) (word, error) {
 		return word{}, fmt.Errorf("asking member %s: %q answers: %w", m.ID, w.ID, errOther)
 	}
 	n.learn(m.ID, w)
-	n.hear(w)
+	n.hear(m.ID, w)
 	return w, nil
 }
 
 // ownWord is this member's word as a status request carries it.
 func (n *Node) ownWord() ([]byte, error) {
 	w := n.word()
-	w.Config = n.ownConfig()
+	w.Member = len(n.Members()) > 0 // a leader has sent a configuration, so this member was added once
 	return w.marshal()
 }
 
