@@ -3,12 +3,17 @@ package store
 import (
 	"bytes"
 	"errors"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"testing"
 
+	"go.etcd.io/bbolt"
+
+	"countersign.io/countersign/identity"
 	"countersign.io/countersign/raft"
 )
 
@@ -100,4 +105,63 @@ func fuzzRestore(t *testing.T, s *Store, raw []byte) {
 		t.Fatalf("restored %q, got %q", want, got)
 	}
 	checkConsistent(t, s)
+}
+
+// What Inspect accepts can be restored and rewritten, and what is rewritten can be inspected; what it refuses can be neither.
+func FuzzInspect(f *testing.F) {
+	needSeeds(f)
+	f.Fuzz(func(t *testing.T, raw []byte) { fuzzInspect(t, raw) })
+}
+
+// As FuzzInspect, past the checksums.
+func FuzzRewriteRecord(f *testing.F) {
+	needSeeds(f)
+	f.Fuzz(func(t *testing.T, k byte, key, value []byte, k2 byte, key2, value2 []byte) {
+		if len(key) > maxKeyBytes || len(key2) > maxKeyBytes {
+			t.Skip() // more than the writer of the test can write
+		}
+		fuzzInspect(t, writeSnapshot(record{kind(k), string(key), string(value)}, record{kind(k2), string(key2), string(value2)}))
+	})
+}
+
+func fuzzInspect(t *testing.T, raw []byte) {
+	sum, err := Inspect(bytes.NewReader(raw))
+	var out bytes.Buffer
+	o := RewriteOptions{Now: restoreTime, Revision: sum.Revision}
+	got, rewriteErr := Rewrite(&out, bytes.NewReader(raw), o)
+	if err != nil {
+		if rewriteErr == nil {
+			t.Fatalf("refused (%v), and rewritten: %q", err, raw)
+		}
+		return
+	}
+	if rewriteErr != nil {
+		if sum.Sequence == math.MaxUint64 || strings.Contains(rewriteErr.Error(), "year") {
+			return
+		}
+		t.Fatalf("%q: %v", raw, rewriteErr)
+	}
+	again, err := Inspect(bytes.NewReader(out.Bytes()))
+	if err != nil || again != got || again.Sequence <= sum.Sequence || again.Revision != sum.Revision {
+		t.Fatalf("%q was rewritten to %+v, %v; was told %+v", raw, again, err, got)
+	}
+	if sum.TrustDomain != td.Name() {
+		return
+	}
+	s := openAt(t, stateDir(t))
+	if err := s.Restore(bytes.NewReader(out.Bytes())); err != nil && !strings.Contains(err.Error(), "duplicates entry") && !strings.Contains(err.Error(), "two join tokens") {
+		t.Fatalf("%q: %v", raw, err)
+	}
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		tokens, err := all[identity.JoinToken](state{tx}, kindJoinToken)
+		for _, j := range tokens {
+			if j.UsedAt.IsZero() {
+				t.Fatalf("%q: token %s admits again", raw, j.ID)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 }
