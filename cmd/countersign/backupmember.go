@@ -133,14 +133,7 @@ func sealOptions(c *config.Server) (seal.Options, error) {
 	if v == nil {
 		return seal.Options{}, nil
 	}
-	conf := vault.Config{Address: v.Address, CAFile: v.CAFile, Namespace: v.Namespace, TokenFile: v.TokenFile}
-	if a := v.AppRole; a != nil {
-		conf.AppRole = &vault.AppRole{Mount: a.Mount, RoleID: a.RoleID, SecretIDFile: a.SecretIDFile}
-	}
-	if k := v.Kubernetes; k != nil {
-		conf.Kubernetes = &vault.Kubernetes{Mount: k.Mount, Role: k.Role, TokenPath: k.TokenPath}
-	}
-	client, err := vault.New(conf)
+	client, err := vault.New(vaultConfig(v))
 	if err != nil {
 		return seal.Options{}, fmt.Errorf("%w: seal.vault: %w", identity.ErrInvalid, err)
 	}

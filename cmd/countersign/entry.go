@@ -46,6 +46,7 @@ func (f *entryFlags) add(cmd *cobra.Command) {
 	p.StringVar(&f.e.Hint, "hint", "", "a hint for workloads with several identities")
 	p.StringSliceVar(&f.e.FederatesWith, "federates-with", nil, "foreign trust domain whose bundle the workload gets (repeatable)")
 	p.BoolVar(&f.e.Admin, "admin", false, "the identity may administer the cluster")
+	p.BoolVar(&f.e.Downstream, "downstream", false, "the identity is a CA cluster below this one: it may have an authority signed")
 	p.DurationVar(&f.after, "expires-in", 0, "the entry ends after this time")
 	_ = cmd.RegisterFlagCompletionFunc("selector", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		var out []string
@@ -128,6 +129,7 @@ func (f *entryFlags) merge(cmd *cobra.Command, e *adminv1.Entry) {
 		"hint":           func() { e.Hint = f.e.Hint },
 		"federates-with": func() { e.FederatesWith = f.e.FederatesWith },
 		"admin":          func() { e.Admin = f.e.Admin },
+		"downstream":     func() { e.Downstream = f.e.Downstream },
 		"expires-in":     func() { e.ExpiresAt = f.e.ExpiresAt },
 	} {
 		if cmd.Flags().Changed(name) {

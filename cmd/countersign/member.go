@@ -25,6 +25,7 @@ import (
 	"countersign.io/countersign/config"
 	"countersign.io/countersign/identity"
 	"countersign.io/countersign/raft"
+	"countersign.io/countersign/seal"
 	"countersign.io/countersign/server"
 	"countersign.io/countersign/store"
 )
@@ -95,7 +96,7 @@ func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready fu
 		return err
 	}
 	// Joining, and replaying a long log, take their time: the member is live meanwhile, and says that it is not ready.
-	m.run(ctx, func(ctx context.Context) error { return cli.ServeHealth(ctx, m.health, m.ready) })
+	m.run(ctx, func(ctx context.Context) error { return cli.ServeHealth(ctx, m.health, m.ready, m.notes) })
 	if err := m.open(ctx); err != nil {
 		return err
 	}
@@ -211,7 +212,7 @@ func (m *member) lastAuthorities() error {
 	m.cached = &identity.Bundle{TrustDomain: m.td, JWT: map[string][]byte{}}
 	for _, a := range authorities {
 		if a.Kind == identity.AuthorityX509 {
-			m.cached.X509 = append(m.cached.X509, a.Cert)
+			m.cached.X509 = append(m.cached.X509, rootsOf(&a)...)
 		}
 	}
 	if err := m.ca.SetAuthorities(authorities, m.openKey); err != nil {
@@ -263,6 +264,10 @@ func (m *member) replicate(ctx context.Context) error {
 		return err
 	}
 	m.closers = append(m.closers, m.node)
+	up, err := m.upstream(ctx)
+	if err != nil {
+		return err
+	}
 	w := m.store.Writer(m.node)
 	m.server, err = server.New(server.Config{
 		TrustDomain: m.td, MemberID: c.Name, Version: version, Level: store.Level,
@@ -272,6 +277,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Pods:    m.pods,
 		Cluster: m.cluster(),
 		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
+		Upstream: up, Outside: m.store, Authorities: w, SealTerm: seal.TermOf,
 		Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,

@@ -109,6 +109,9 @@ func statusTable(s *adminv1.StatusResponse) cli.Table {
 		{"issuing", issuing}, {"revision", strconv.FormatUint(s.Revision, 10)}, {"bundle sequence", strconv.FormatUint(s.BundleSequence, 10)},
 		{"agents here", strconv.Itoa(int(s.AgentsConnected))},
 	}}
+	for _, d := range s.Degraded {
+		t.Rows = append(t.Rows, []string{"degraded", d})
+	}
 	for _, m := range s.Members {
 		role := "non-voter"
 		switch {

@@ -7,12 +7,14 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
 
 // ServeHealth answers /live and /ready on an open listener until ctx ends. ready says nil, or why not.
-func ServeHealth(ctx context.Context, l net.Listener, ready func() error) error {
+// What notes say follows in lines of their own when it is ready.
+func ServeHealth(ctx context.Context, l net.Listener, ready func() error, notes ...func() []string) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "live") })
 	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
@@ -21,6 +23,11 @@ func ServeHealth(ctx context.Context, l net.Listener, ready func() error) error 
 			return
 		}
 		fmt.Fprintln(w, "ready")
+		for _, f := range notes {
+			for _, s := range f() {
+				fmt.Fprintln(w, "degraded: "+strings.ReplaceAll(s, "\n", "; "))
+			}
+		}
 	})
 	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10}
 	stop := context.AfterFunc(ctx, func() { s.Close() })
