@@ -440,3 +440,26 @@ func TestClusterRecover(t *testing.T) {
 	writeFile(t, file, fmt.Appendf(nil, "version: 1\ntrust_domain: %s\nname: x\ndata_dir: %s\nadvertise: 127.0.0.1:1\n", trustDomain, filepath.Join(filepath.Dir(file), "none")))
 	recoverBy(1, "", []string{"--confirm", "x"}, "holds no member")
 }
+
+// TestClusterTwoOfOne: a copy of a member's folder does not run beside it, in one place or the other.
+func TestClusterTwoOfOne(t *testing.T) {
+	t.Parallel()
+	c := newCare(t, 3, "")
+	m := c.Members[2]
+	m.Stop()
+	p := newPlace(t, m.Name, filepath.Join(m.Dir, "data"))
+	if err := c.RestartMember(c.ctx, m); err != nil {
+		t.Fatal(err)
+	}
+	p.notStarted(t, "", exitFailure, `a member named "ca-3" runs at `+m.Address, "is a copy of its folder", "join under another name")
+	c.status(c.Members[0], "the cluster is as it was", func(s *clusterStatus) bool {
+		return well(3)(s) && slices.ContainsFunc(s.Members, func(x clusterMember) bool { return x.ID == m.Name && x.Address == m.Address })
+	})
+	// A name that is taken is none for a newcomer, and the folder of one cluster is of no use to another.
+	joiner := newPlace(t, m.Name, "")
+	joiner.notJoined(t, c.admin("token", "create", "--server"), exitFailure, `member "ca-3"`, "choose another name", "cluster remove")
+	m.Stop()
+	elsewhere := newPlace(t, m.Name, filepath.Join(m.Dir, "data"))
+	elsewhere.yaml = strings.Replace(elsewhere.yaml, "trust_domain: "+trustDomain, "trust_domain: other.test", 1)
+	elsewhere.notStarted(t, "", exitFailure, `trust domain "process.test", not "other.test"`)
+}

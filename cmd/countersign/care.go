@@ -1,11 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +21,35 @@ import (
 func (m *member) dial(ctx context.Context, id, address string) (net.Conn, error) {
 	d := tls.Dialer{Config: server.MemberTLS(m.tls, id)}
 	return d.DialContext(ctx, "tcp", address)
+}
+
+// alone refuses to be one of two: a copy of the data folder that runs elsewhere would vote twice, and each would undo what the
+// other does. It asks at the address that the cluster has of this member, if that is not the one it is about to tell.
+func (m *member) alone(ctx context.Context) error {
+	for _, x := range m.node.Members() {
+		if x.ID != m.c.Name || x.Address == m.c.Advertise {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		c, err := m.dial(ctx, x.ID, x.Address)
+		if err != nil {
+			return nil // nobody is there any more, or another member
+		}
+		defer c.Close()
+		theirs := c.(*tls.Conn).ConnectionState().PeerCertificates
+		ours, err := m.ca.MemberCertificate()
+		if err != nil {
+			return fmt.Errorf("reading this member's certificate: %w", err)
+		}
+		// Each process has an issuer of its own. By another name for the same address, this is ourselves.
+		if len(theirs) > 1 && len(ours.Certificate) > 1 && bytes.Equal(theirs[1].Raw, ours.Certificate[1]) {
+			return nil
+		}
+		return fmt.Errorf("%w: a member named %q runs at %s already, with the same keys: data_dir %s is a copy of its folder. Two of them would break the cluster's promises: stop that one, or empty this folder and join under another name",
+			identity.ErrPrecondition, x.ID, x.Address, m.c.DataDir)
+	}
+	return nil
 }
 
 // cluster is the inner life of the cluster as the server may see it.

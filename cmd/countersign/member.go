@@ -105,6 +105,9 @@ func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready fu
 	if err := m.replicate(ctx); err != nil {
 		return err
 	}
+	if err := m.alone(ctx); err != nil {
+		return err
+	}
 	m.serving.Store(m.server)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.server.Run(ctx) })
