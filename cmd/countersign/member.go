@@ -85,8 +85,16 @@ type member struct {
 }
 
 // runMember runs a member until ctx ends. ready, if not nil, is called once it can issue.
-func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready func()) (err error) {
-	m := &member{c: c, log: log, hooks: newHooks(), started: time.Now()}
+func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready func()) error {
+	return newMember(c, log).serve(ctx, ready)
+}
+
+func newMember(c *config.Server, log *slog.Logger) *member {
+	return &member{c: c, log: log, hooks: newHooks(), started: time.Now()}
+}
+
+func (m *member) serve(ctx context.Context, ready func()) (err error) {
+	c, log := m.c, m.log
 	defer func() {
 		for i := len(m.closers) - 1; i >= 0; i-- {
 			err = errors.Join(err, m.closers[i].Close())
