@@ -276,6 +276,10 @@ func TestOpenRefuses(t *testing.T) {
 	if _, err := Open(ctx, bytes.NewReader(file), other, spiffeid.TrustDomain{}); !errors.Is(err, seal.ErrOpen) || !strings.Contains(err.Error(), k.URI()) || !strings.Contains(err.Error(), other.URI()) {
 		t.Errorf("another key: %v; want both keys named", err)
 	}
+	down := errors.New("the PIN is missing")
+	if _, err := Open(ctx, bytes.NewReader(file), failingKEK{k, down}, spiffeid.TrustDomain{}); !errors.Is(err, down) || errors.Is(err, seal.ErrOpen) || strings.Contains(err.Error(), "does not open it") {
+		t.Errorf("a key that cannot be used: %v", err)
+	}
 	for name, b := range map[string][]byte{"empty": nil, "text": []byte("hello\n"), "a long text": bytes.Repeat([]byte("hello\n"), 10000)} {
 		_, err := Open(ctx, bytes.NewReader(b), k, spiffeid.TrustDomain{})
 		if d := damaged(t, err); d.From != 0 {
@@ -287,6 +291,14 @@ func TestOpenRefuses(t *testing.T) {
 		t.Errorf("a failing disk: %v", err)
 	}
 }
+
+// failingKEK is one that cannot be asked.
+type failingKEK struct {
+	seal.KEK
+	err error
+}
+
+func (f failingKEK) Unwrap(context.Context, []byte, []byte) ([]byte, error) { return nil, f.err }
 
 func TestSaveFails(t *testing.T) {
 	k, ring, ctx := kek(t), keyring(t), context.Background()

@@ -177,6 +177,9 @@ func (p *preamble) readWrapped(in *counted, all []byte) error {
 // open unwraps the file key.
 func (p *preamble) open(ctx context.Context, in *counted, kek seal.KEK) (*reader, error) {
 	key, err := kek.Unwrap(ctx, p.wrapped, wrapAD(&p.header, p.raw))
+	if err != nil && !errors.Is(err, seal.ErrOpen) {
+		return nil, fmt.Errorf("opening the backup with %s: %w", kek.URI(), err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: opening the backup: it was sealed under %s, and %s does not open it: name that key (--key), or one that is its copy: %w", identity.ErrPrecondition, p.header.Key, kek.URI(), err)
 	}
