@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
@@ -12,6 +13,7 @@ import (
 	"math/big"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -197,14 +199,18 @@ func TestBundleBelowUpstream(t *testing.T) {
 		"too large":                func(a *identity.Authority) { a.Chain = [][]byte{make([]byte, maxCertBytes+1)} },
 		"a sealed key and a URI":   func(a *identity.Authority) { a.KeyURI = "pkcs11:object=x" },
 		"neither":                  func(a *identity.Authority) { a.SealedKey = nil },
+		"a PIN":                    func(a *identity.Authority) { a.SealedKey, a.KeyURI = nil, "pkcs11:object=x?PIN-value=1234" },
 		"a long URI":               func(a *identity.Authority) { a.SealedKey, a.KeyURI = nil, string(make([]byte, maxURIBytes+1)) },
 		"a JWT key below upstream": func(a *identity.Authority) { a.Kind = identity.AuthorityJWT },
 	} {
 		a := below("bad", roots[0])
 		c(&a)
 		_, err := w.PrepareAuthority(ctx, a)
-		if wantErr(t, err, identity.ErrInvalid); err == nil {
-			t.Error(name)
+		if err == nil {
+			t.Fatalf("%s was taken", name)
+		}
+		if wantErr(t, err, identity.ErrInvalid); strings.Contains(err.Error(), "1234") {
+			t.Errorf("the error has the PIN: %v", err)
 		}
 	}
 }
@@ -263,6 +269,14 @@ func TestForeign(t *testing.T) {
 	if err != nil {
 		t.Skip(err)
 	}
+	small, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, edwards, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
 	many := make([]identity.JWTKey, maxForeignKeys+1)
 	for i := range many {
 		many[i] = identity.JWTKey{ID: fmt.Sprint(i), PublicKey: a.PublicKey, NotAfter: later}
@@ -275,7 +289,7 @@ func TestForeign(t *testing.T) {
 		"roots from below":      {Source: one, X509: [][]byte{caCert(t, "x")}},
 		"a leaf for a root":     {Source: identity.SourceUpstream, X509: [][]byte{cert(t, "x", false, 0)}},
 		"garbage for a root":    {Source: identity.SourceUpstream, X509: [][]byte{[]byte("x")}},
-		"too many roots":        {Source: identity.SourceUpstream, X509: slices.Repeat([][]byte{caCert(t, "x")}, maxForeignRoots+1)},
+		"too many roots":        {Source: identity.SourceUpstream, X509: slices.Repeat([][]byte{caCert(t, "x")}, maxCerts+1)},
 		"too many keys":         from(one, many...),
 		"two keys of one ID":    from(one, a, key("a")),
 		"no key ID":             from(one, key("")),
@@ -284,6 +298,8 @@ func TestForeign(t *testing.T) {
 		"no end":                from(one, identity.JWTKey{ID: "x", PublicKey: a.PublicKey}),
 		"no key":                from(one, identity.JWTKey{ID: "x", NotAfter: later}),
 		"a huge key":            from(one, identity.JWTKey{ID: "x", PublicKey: make([]byte, maxPublicKey+1), NotAfter: later}),
+		"a small curve":         from(one, identity.JWTKey{ID: "x", PublicKey: pkixOf(t, &small.PublicKey), NotAfter: later}),
+		"a key for no JWT":      from(one, identity.JWTKey{ID: "x", PublicKey: pkixOf(t, edwards.Public()), NotAfter: later}),
 		"a weak key":            from(one, identity.JWTKey{ID: "x", PublicKey: pkixOf(t, &weak.PublicKey), NotAfter: later}),
 	} {
 		if err := w.PutForeign(ctx, bad); err == nil {

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -103,6 +104,9 @@ func (w *Writer) checkAuthority(a *identity.Authority) error {
 	if (len(a.SealedKey) == 0) == (a.KeyURI == "") {
 		bad("want a sealed private key, or the URI of one")
 	}
+	if strings.Contains(strings.ToLower(a.KeyURI), "pin-value") {
+		bad("the key's URI has a PIN in it: every member would store it; name a file of each member instead (pin-source)")
+	}
 	if len(a.KeyURI) > maxURIBytes || len(a.Upstream) > maxURIBytes {
 		bad(fmt.Sprintf("a URI of %d bytes: at the most %d", max(len(a.KeyURI), len(a.Upstream)), maxURIBytes))
 	}
@@ -114,15 +118,15 @@ func (w *Writer) checkAuthority(a *identity.Authority) error {
 
 // The limits of what an upstream, or another cluster of the trust domain, adds to the bundle: all workloads hold it.
 const (
-	maxURIBytes     = 2048
-	maxCerts        = 16
-	maxCertBytes    = 16 << 10
-	maxForeignKeys  = 32
-	maxKeyIDBytes   = 256
-	maxPublicKey    = 4096 // bytes, PKIX
-	minRSABits      = 2048
-	maxSourceBytes  = 2048
-	maxForeignRoots = 32
+	maxURIBytes    = 2048
+	maxCerts       = 32 // in a chain, or as roots
+	maxCertBytes   = 16 << 10
+	maxForeignKeys = 32
+	maxKeyIDBytes  = 256
+	maxPublicKey   = 4096 // bytes, PKIX
+	minRSABits     = 2048
+	minECBits      = 256
+	maxSourceBytes = 2048
 )
 
 func checkCAs(certs [][]byte) error {
@@ -165,8 +169,8 @@ func (w *Writer) checkForeign(f *identity.Foreign) error {
 			bad("want %q, or a SPIFFE ID of trust domain %q", identity.SourceUpstream, w.store.td.Name())
 		}
 	}
-	if len(f.X509) > maxForeignRoots || len(f.JWT) > maxForeignKeys {
-		bad("%d roots and %d JWT keys: at the most %d and %d", len(f.X509), len(f.JWT), maxForeignRoots, maxForeignKeys)
+	if len(f.X509) > maxCerts || len(f.JWT) > maxForeignKeys {
+		bad("%d roots and %d JWT keys: at the most %d and %d", len(f.X509), len(f.JWT), maxCerts, maxForeignKeys)
 		return errors.Join(errs...)
 	}
 	for i, der := range f.X509 {
@@ -204,7 +208,10 @@ func checkPublicKey(der []byte) error {
 	}
 	switch k := pub.(type) {
 	case *ecdsa.PublicKey:
-		return nil
+		if k.Curve.Params().BitSize >= minECBits {
+			return nil
+		}
+		return fmt.Errorf("an elliptic curve of %d bits: want %d or more", k.Curve.Params().BitSize, minECBits)
 	case *rsa.PublicKey:
 		if k.N.BitLen() >= minRSABits {
 			return nil
