@@ -20,7 +20,8 @@ const (
 	RenewAgent      Action = "agent.renew"
 	SyncAgent       Action = "agent.sync"
 	JoinMember      Action = "member.join"
-	Call            Action = "call" // of a method that nobody has a rule for
+	GiveKeyring     Action = "member.keyring" // the seal's data keys, to a member
+	Call            Action = "call"           // of a method that nobody has a rule for
 )
 
 // What members record of themselves.

@@ -368,11 +368,13 @@ func VerifyDir(dir string, c VerifyConfig) (Report, error) {
 	return v.Done(), nil
 }
 
-// VerifyFile checks one file.
-func VerifyFile(path string, c VerifyConfig) (Report, error) {
+// VerifyFiles checks files, in the order of their records.
+func VerifyFiles(paths []string, c VerifyConfig) (Report, error) {
 	v := NewVerifier(c)
-	if err := v.file(path, true); err != nil {
-		return Report{}, err
+	for i, path := range paths {
+		if err := v.file(path, i == len(paths)-1); err != nil {
+			return Report{}, err
+		}
 	}
 	return v.Done(), nil
 }

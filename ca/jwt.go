@@ -162,6 +162,12 @@ func checkAudience(audience []string) error {
 	return nil
 }
 
+// KeyID is the kid of the key that will sign, and ExpiresAt the token's end, for who records it before it is signed.
+func (p *PreparedJWT) KeyID() string { return p.signer.kid }
+
+// ExpiresAt is the end of the token's life.
+func (p *PreparedJWT) ExpiresAt() time.Time { return p.svid.ExpiresAt }
+
 // Issue signs what was prepared. Only the first call can succeed; the error of another wraps
 // identity.ErrPrecondition, and identity.ErrUnavailable says that the trust domain gave the authority up since. The token has the compact serialization and no header but alg, kid and typ (JWT-SVID
 // sections 1 and 2).

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -22,6 +23,7 @@ type PreparedX509 struct {
 	issuer *issuer
 	tbs    []byte // DER TBSCertificate
 	svid   identity.X509SVID
+	serial *big.Int
 	used   atomic.Bool
 }
 
@@ -79,7 +81,7 @@ func (c *CA) prepareX509(now time.Time, is *issuer, iss identity.Issuance) (*Pre
 	if err := c.lintLeaf(is, tbs); err != nil {
 		return fail(err)
 	}
-	return &PreparedX509{ca: c, issuer: is, tbs: tbs, svid: identity.X509SVID{
+	return &PreparedX509{ca: c, issuer: is, tbs: tbs, serial: l.serial, svid: identity.X509SVID{
 		ID: iss.ID, NotBefore: l.notBefore, NotAfter: l.notAfter,
 	}}, nil
 }
@@ -105,6 +107,13 @@ func (c *CA) lintLeaf(is *issuer, tbs []byte) error {
 	}
 	return nil
 }
+
+// Serial is the serial number that the certificate will have, in hex, and NotAfter its end, for who records it before it
+// is signed.
+func (p *PreparedX509) Serial() string { return p.serial.Text(16) }
+
+// NotAfter is the end of the certificate's life.
+func (p *PreparedX509) NotAfter() time.Time { return p.svid.NotAfter }
 
 // Issue signs what was prepared. Only the first call can succeed. The chain is the leaf, the issuer and, below an
 // upstream, the authority and what leads from it to the roots, without those. The error wraps identity.ErrPrecondition when the token was used, and identity.ErrUnavailable when the

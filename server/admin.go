@@ -14,6 +14,7 @@ import (
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/attestor/kube"
 	"countersign.io/countersign/attestor/node"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/identity"
 )
 
@@ -59,6 +60,7 @@ func (s adminService) CreateToken(ctx context.Context, req *adminv1.CreateTokenR
 	if err := s.cfg.Writes.CreateJoinToken(ctx, token); err != nil {
 		return nil, fmt.Errorf("creating the join token: %w", err)
 	}
+	about(ctx, token.ID, audit.Detail{Key: "expires_at", Value: token.ExpiresAt.Format(time.RFC3339)})
 	s.cfg.Log.Info("join token created", "token", token.ID, "purpose", token.Purpose, "kube_cluster", token.KubeCluster, "kube_node", token.KubeNode, "expires_at", token.ExpiresAt)
 	return &adminv1.CreateTokenResponse{Token: text, ExpiresAt: api.TimeToWire(token.ExpiresAt)}, nil
 }

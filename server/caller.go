@@ -46,6 +46,7 @@ func (k kind) String() string {
 type caller struct {
 	kind    kind
 	id      spiffeid.ID // of its SVID
+	serial  string      // of its SVID's certificate, in hex
 	expires time.Time   // of its SVID
 	issued  time.Time   // NotBefore of its SVID
 	addr    netip.Addr  // of its TLS connection
@@ -81,6 +82,7 @@ func tlsCaller(certs []*x509.Certificate, addr netip.Addr) (caller, error) {
 	if err != nil {
 		return caller{}, err
 	}
+	c.serial = certs[0].SerialNumber.Text(16)
 	c.id, c.issued, c.expires = id, certs[0].NotBefore, certs[0].NotAfter
 	switch identity.RoleOf(id) {
 	case identity.RoleAgent:

@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"fmt"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"countersign.io/countersign/api"
 	downstreamv1 "countersign.io/countersign/api/downstream/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
@@ -163,9 +165,24 @@ func (s downstreamService) Sign(ctx context.Context, req *downstreamv1.SignReque
 		}
 		ttl = min(ttl, e.ExpiresAt.Sub(s.cfg.Now()))
 	}
+	record := audit.Event{
+		Action: audit.IssueDownstream, Outcome: audit.Attempted, Subjects: []string{who.id.String()},
+		Entry: e.ID, EntryRevision: e.Revision, Revision: s.cfg.State.Revision(), Details: audit.Details{{Key: "ttl", Value: ttl.String()}},
+	}
+	if err := s.audit(ctx, record); err != nil {
+		return nil, err
+	}
 	bundle := s.cfg.State.Bundle() // before the signature: it holds the root of what signs
 	cert, chain, err := s.cfg.CA.SignDownstream(key, ttl)
 	if err != nil {
+		return nil, err
+	}
+	record.Outcome = audit.OK
+	if c, err := x509.ParseCertificate(cert); err == nil {
+		record.Serial, record.NotAfter = c.SerialNumber.Text(16), c.NotAfter
+	}
+	// The answer waits for the serial number: what was signed for nobody's eyes is not out yet.
+	if err := s.audit(ctx, record); err != nil {
 		return nil, err
 	}
 	s.cfg.Log.Info("signed the authority of a cluster below", "caller", who.id.String(), "entry", e.ID, "address", who.addr)
@@ -237,6 +254,13 @@ func (s *Server) takeKeys(stream grpc.BidiStreamingServer[downstreamv1.Keys, wor
 		}
 		if s.hasForeign(f) {
 			continue
+		}
+		var kids []string
+		for _, k := range f.JWT {
+			kids = append(kids, k.ID)
+		}
+		if err := s.audit(stream.Context(), audit.Event{Action: audit.PublishKeys, Outcome: audit.OK, Subjects: append([]string{id}, kids...)}); err != nil {
+			return err
 		}
 		if err := s.cfg.Authorities.PutForeign(stream.Context(), f); err != nil {
 			return fmt.Errorf("taking the JWT keys of %s into the bundle: %w", id, err)

@@ -17,6 +17,7 @@ import (
 	"countersign.io/countersign/api"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
 	"countersign.io/countersign/attestor/kube"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
@@ -29,9 +30,10 @@ import (
 //	4  what is proven?                               prove: the token is verified, its node is the agent's
 //	5  which identities is that?                     entitled: entries, or the kube cluster's default
 //	6  can each be signed as it stands?              ca.PrepareX509, ca.PrepareJWT: no key has been touched so far
-//	7  sign                                          Issue
+//	7  is it on record?                              Audit.Record: all that is about to be signed, or nothing is
+//	8  sign                                          Issue
 //
-// Nothing is written anywhere: a member without a quorum walks the same way. What is decided rests on this
+// Nothing but that record is written anywhere: a member without a quorum walks the same way. What is decided rests on this
 // member's own state, whose revision is in the answer.
 
 const (
@@ -74,29 +76,39 @@ func (s workloadService) IssueX509(ctx context.Context, req *workloadv1.IssueX50
 		}
 		return resp, nil
 	}
-	return nil, fmt.Errorf("%w: this member's issuer is being renewed: try again", identity.ErrUnavailable)
+	return nil, errRenewed
 }
 
 func (s *Server) issueBatch(ctx context.Context, who call, reqs []*workloadv1.X509Request) (results []*workloadv1.X509Result, chain [][]byte, mixed bool) {
+	recordCtx := ctx // the time that a batch may take is for its evidence: that it is up is no reason not to record
 	if end, ok := ctx.Deadline(); ok {
 		// Tokens that an API server says nothing about must not cost the whole batch its answer.
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, time.Until(end)*answerShare/100)
 		defer cancel()
 	}
-	results = make([]*workloadv1.X509Result, len(reqs))
-	chains := make([][][]byte, len(reqs))
+	walks := make([]*walk, len(reqs))
 	var g errgroup.Group
 	g.SetLimit(batchWidth)
 	for i, r := range reqs {
 		g.Go(func() error {
-			results[i], chains[i] = s.issueX509(ctx, who, r)
+			walks[i] = s.prepareX509(ctx, who, r)
 			return nil
 		})
 	}
 	g.Wait()
-	for _, c := range chains {
-		switch {
+	s.recordBatch(recordCtx, walks)
+	for _, w := range walks {
+		g.Go(func() error {
+			s.signX509(recordCtx, w)
+			return nil
+		})
+	}
+	g.Wait()
+	results = make([]*workloadv1.X509Result, len(reqs))
+	for i, w := range walks {
+		results[i] = w.res
+		switch c := w.chain; {
 		case c == nil:
 		case chain == nil:
 			chain = c
@@ -104,16 +116,54 @@ func (s *Server) issueBatch(ctx context.Context, who call, reqs []*workloadv1.X5
 			mixed = mixed || !slices.EqualFunc(chain, c, slices.Equal[[]byte])
 		}
 	}
+	if mixed {
+		for _, w := range walks {
+			if w.res.Error == nil {
+				w.withdraw(s, errRenewed)
+			}
+		}
+	}
 	return results, chain, mixed
 }
 
-// issueX509 walks once: one workload, one public key, all its identities or none.
-func (s *Server) issueX509(ctx context.Context, who call, req *workloadv1.X509Request) (*workloadv1.X509Result, [][]byte) {
-	res := &workloadv1.X509Result{}
-	fail := func(err error) (*workloadv1.X509Result, [][]byte) {
-		st := status.Convert(s.report(who.caller, workloadv1.Workload_IssueX509_FullMethodName, err))
-		res.Error = &workloadv1.Error{Code: uint32(st.Code()), Message: st.Message()}
-		return res, nil
+var errRenewed = fmt.Errorf("%w: this member's issuer is being renewed: try again", identity.ErrUnavailable)
+
+// walk is one request of a batch on its way: one workload, one public key, all its identities or none.
+type walk struct {
+	res      *workloadv1.X509Result
+	caller   caller
+	grants   []grant
+	prepared []*ca.PreparedX509
+	events   []audit.Event // one for each SVID that is about to be signed
+	workload []string
+	chain    [][]byte // above the leaves
+}
+
+// fail ends a walk without anything.
+func (s *Server) fail(ctx context.Context, w *walk, err error) {
+	st := status.Convert(s.report(w.caller, workloadv1.Workload_IssueX509_FullMethodName, err))
+	w.res = &workloadv1.X509Result{Selectors: w.res.Selectors, Error: &workloadv1.Error{Code: uint32(st.Code()), Message: st.Message()}}
+	w.prepared = nil
+	var subjects []string
+	for _, g := range w.grants {
+		subjects = append(subjects, g.id.String())
+	}
+	s.refused(ctx, audit.IssueX509, err, subjects, w.workload)
+}
+
+// withdraw records that what was recorded as issued is not to be had: each SVID, by its serial number.
+func (w *walk) withdraw(s *Server, err error) {
+	for _, e := range w.events {
+		s.failed(e, err)
+	}
+}
+
+// prepareX509 walks up to the signature.
+func (s *Server) prepareX509(ctx context.Context, who call, req *workloadv1.X509Request) *walk {
+	w := &walk{res: &workloadv1.X509Result{}, caller: who.caller}
+	fail := func(err error) *walk {
+		s.fail(ctx, w, err)
+		return w
 	}
 	key, err := ca.ParsePublicKey(req.GetPublicKey())
 	if err != nil {
@@ -123,7 +173,7 @@ func (s *Server) issueX509(ctx context.Context, who call, req *workloadv1.X509Re
 	if err != nil {
 		return fail(err)
 	}
-	res.Selectors = api.SelectorsToWire(sel)
+	w.res.Selectors, w.workload = api.SelectorsToWire(sel), workloadOf(sel)
 	now := s.cfg.Now()
 	grants, unusable, err := s.entitled(sel, now)
 	if err != nil {
@@ -132,24 +182,65 @@ func (s *Server) issueX509(ctx context.Context, who call, req *workloadv1.X509Re
 	if unusable != nil {
 		s.cfg.Log.Warn("an entry that matches a workload cannot be used for it", "error", unusable, "selectors", sel)
 	}
-	prepared := make([]*ca.PreparedX509, len(grants))
+	w.grants = grants
+	rev := s.cfg.State.Revision()
+	w.prepared = make([]*ca.PreparedX509, len(grants))
+	w.events = make([]audit.Event, len(grants))
 	for i, g := range grants {
-		prepared[i], err = s.cfg.CA.PrepareX509(identity.Issuance{ID: g.id, PublicKey: key, DNSNames: g.dns, TTL: clamp(g.entry.X509TTL, s.cfg.X509TTL, g.entry, now)})
+		p, err := s.cfg.CA.PrepareX509(identity.Issuance{ID: g.id, PublicKey: key, DNSNames: g.dns, TTL: clamp(g.entry.X509TTL, s.cfg.X509TTL, g.entry, now)})
 		if err != nil {
 			return fail(fmt.Errorf("preparing the SVID of entry %s: %w", g.entry.ID, err))
 		}
+		e := s.event(ctx, audit.IssueX509, audit.OK)
+		e.Subjects, e.Workload, e.Entry, e.EntryRevision, e.Revision = []string{g.id.String()}, w.workload, g.entry.ID, g.entry.Revision, rev
+		e.Serial, e.NotAfter = p.Serial(), p.NotAfter()
+		w.prepared[i], w.events[i] = p, e
 	}
-	var chain [][]byte
-	svids := make([]*workloadv1.X509SVID, len(grants))
-	for i, g := range grants {
-		svid, err := prepared[i].Issue()
-		if err != nil {
-			return fail(fmt.Errorf("issuing %s: %w", g.id, err))
+	return w
+}
+
+// recordBatch records all that is about to be signed, at once. What cannot be recorded is not signed.
+func (s *Server) recordBatch(ctx context.Context, walks []*walk) {
+	var events []audit.Event
+	for _, w := range walks {
+		if w.res.Error == nil {
+			events = append(events, w.events...)
 		}
-		if chain == nil {
-			chain = svid.Chain[1:]
-		} else if !slices.EqualFunc(chain, svid.Chain[1:], slices.Equal[[]byte]) {
-			return fail(fmt.Errorf("%w: this member's issuer is being renewed: try again", identity.ErrUnavailable))
+	}
+	err := s.cfg.Audit.Record(ctx, events...)
+	if err == nil {
+		return
+	}
+	for _, w := range walks {
+		if w.res.Error == nil {
+			w.events = nil
+			s.fail(ctx, w, err)
+		}
+	}
+}
+
+// signX509 signs what was recorded.
+func (s *Server) signX509(ctx context.Context, w *walk) {
+	if w.res.Error != nil {
+		return
+	}
+	fail := func(err error) {
+		w.withdraw(s, err)
+		w.chain = nil
+		s.fail(ctx, w, err)
+	}
+	svids := make([]*workloadv1.X509SVID, len(w.grants))
+	for i, g := range w.grants {
+		svid, err := w.prepared[i].Issue()
+		if err != nil {
+			fail(fmt.Errorf("issuing %s: %w", g.id, err))
+			return
+		}
+		if w.chain == nil {
+			w.chain = svid.Chain[1:]
+		} else if !slices.EqualFunc(w.chain, svid.Chain[1:], slices.Equal[[]byte]) {
+			fail(errRenewed)
+			return
 		}
 		svids[i] = &workloadv1.X509SVID{
 			EntryId: g.entry.ID, EntryRevision: g.entry.Revision, SpiffeId: g.id.String(), Leaf: svid.Chain[0],
@@ -157,8 +248,7 @@ func (s *Server) issueX509(ctx context.Context, who call, req *workloadv1.X509Re
 			NotBefore: timestamppb.New(svid.NotBefore), NotAfter: timestamppb.New(svid.NotAfter),
 		}
 	}
-	res.Svids = svids
-	return res, chain
+	w.res.Svids = svids
 }
 
 // IssueJWT signs JWT-SVIDs for one workload.
@@ -187,14 +277,26 @@ func (s workloadService) IssueJWT(ctx context.Context, req *workloadv1.IssueJWTR
 		}
 	}
 	prepared := make([]*ca.PreparedJWT, len(grants))
+	events := make([]audit.Event, len(grants))
+	workload := workloadOf(sel)
 	for i, g := range grants {
 		if prepared[i], err = s.cfg.CA.PrepareJWT(g.id, req.Audience, clamp(g.entry.JWTTTL, s.cfg.JWTTTL, g.entry, now)); err != nil {
 			return nil, fmt.Errorf("preparing the JWT-SVID of entry %s: %w", g.entry.ID, err)
 		}
+		e := s.event(ctx, audit.IssueJWT, audit.OK)
+		e.Subjects, e.Workload, e.Entry, e.EntryRevision, e.Revision = []string{g.id.String()}, workload, g.entry.ID, g.entry.Revision, resp.Revision
+		e.Audience, e.NotAfter, e.Details = req.Audience, prepared[i].ExpiresAt(), audit.Details{{Key: "kid", Value: prepared[i].KeyID()}}
+		events[i] = e
+	}
+	if err := s.cfg.Audit.Record(ctx, events...); err != nil {
+		return nil, err
 	}
 	for i, g := range grants {
 		svid, err := prepared[i].Issue()
 		if err != nil {
+			for _, e := range events { // none of them is handed out
+				s.failed(e, err)
+			}
 			return nil, fmt.Errorf("issuing %s: %w", g.id, err)
 		}
 		resp.Svids = append(resp.Svids, &workloadv1.JWTSVID{

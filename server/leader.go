@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
@@ -133,6 +134,12 @@ func (s *Server) ensureAuthorities(ctx context.Context) error {
 		a, err := s.makeAuthority(ctx, kind)
 		if err != nil {
 			return fmt.Errorf("making the %s authority: %w", kind, err)
+		}
+		// The outcome is recorded by every member, as a change of the bundle.
+		if err := s.audit(ctx, audit.Event{
+			Action: audit.AuthorityCreate, Outcome: audit.Attempted, Subjects: []string{string(kind) + " " + a.ID}, NotAfter: a.NotAfter,
+		}); err != nil {
+			return fmt.Errorf("recording the %s authority: %w", kind, err)
 		}
 		kept, err := s.cfg.Writes.CreateAuthority(ctx, a)
 		if err != nil {

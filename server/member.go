@@ -9,6 +9,7 @@ import (
 
 	memberv1 "countersign.io/countersign/api/member/v1"
 	"countersign.io/countersign/attestor/node"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/identity"
 )
 
@@ -42,6 +43,10 @@ func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*me
 	}
 	if err := s.cfg.Writes.PutMember(ctx, identity.Member{ID: req.Id, Address: req.Address}); err != nil {
 		s.cfg.Log.Warn("cannot tell the agents of a new member yet: the leader will", "member", req.Id, "error", err)
+	}
+	// Before the keyring is handed out.
+	if err := s.audit(ctx, joinEvent(req, audit.OK)); err != nil {
+		return nil, err
 	}
 	authorities, err := json.Marshal(s.cfg.State.Authorities())
 	if err != nil {
@@ -91,6 +96,9 @@ func (s *Server) admit(ctx context.Context, req *memberv1.JoinRequest) error {
 		}
 		there = there || m.ID == req.Id
 	}
+	if err := s.audit(ctx, joinEvent(req, audit.Attempted)); err != nil {
+		return err
+	}
 	if err := s.cfg.Cluster.AddMember(ctx, req.Id, req.Address); err != nil {
 		return fmt.Errorf("%w; try again with the same token", err)
 	}
@@ -108,6 +116,13 @@ func (s *Server) admit(ctx context.Context, req *memberv1.JoinRequest) error {
 		}
 	}
 	return err
+}
+
+func joinEvent(req *memberv1.JoinRequest, outcome audit.Outcome) audit.Event {
+	return audit.Event{
+		Action: audit.JoinMember, Outcome: outcome, Subjects: []string{req.Id},
+		Details: audit.Details{{Key: "address", Value: req.Address}, {Key: "version", Value: infoText(req.Version)}},
+	}
 }
 
 // checkLevel refuses a version that could not read the log.

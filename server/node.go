@@ -13,6 +13,7 @@ import (
 	"countersign.io/countersign/api"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	"countersign.io/countersign/attestor/node"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
@@ -69,11 +70,14 @@ func (s nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest
 		return fmt.Errorf("attesting the node: %w", err)
 	}
 	if !recorded {
+		if err := s.admitting(ctx, &record); err != nil {
+			return err
+		}
 		if err := s.keepRecord(ctx, record); err != nil {
 			return fmt.Errorf("recording agent %s: %w", record.ID, err)
 		}
 	}
-	svid, err := s.agentSVID(record.ID, key)
+	svid, err := s.agentSVID(ctx, audit.AttestNode, &record, key)
 	if err != nil {
 		return err
 	}
@@ -95,6 +99,9 @@ func (s *Server) attestJoin(ctx context.Context, secret string) (_ identity.Agen
 		if err != nil {
 			return identity.Agent{}, false, err
 		}
+		if err := s.admitting(ctx, &a, audit.Detail{Key: "join_token", Value: token.ID}); err != nil {
+			return identity.Agent{}, false, err
+		}
 		a, err = s.cfg.Writes.AdmitAgent(ctx, now, hash, a)
 		return a, true, err
 	}
@@ -104,6 +111,14 @@ func (s *Server) attestJoin(ctx context.Context, secret string) (_ identity.Agen
 	}
 	a, err := node.JoinAgent(s.cfg.TrustDomain, token, now)
 	return a, false, err
+}
+
+// admitting records that a node has proven itself, before the state says so. Who proves nothing gets no record by this.
+func (s *Server) admitting(ctx context.Context, a *identity.Agent, details ...audit.Detail) error {
+	return s.audit(ctx, audit.Event{
+		Action: audit.AttestNode, Outcome: audit.Attempted, Subjects: []string{a.ID}, Revision: s.cfg.State.Revision(),
+		Details: append(append(audit.Details{{Key: "kind", Value: a.Kind}}, nodeOf(a)...), details...),
+	})
 }
 
 func (s *Server) attestKube(ctx context.Context, token, cluster string) (identity.Agent, error) {
@@ -191,7 +206,7 @@ func (s nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*node
 		return nil, err
 	}
 	who := callOf(ctx)
-	svid, err := s.agentSVID(who.agent.ID, key)
+	svid, err := s.agentSVID(ctx, audit.RenewAgent, who.agent, key)
 	if err != nil {
 		return nil, err
 	}
@@ -199,8 +214,8 @@ func (s nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*node
 	return svid, nil
 }
 
-func (s *Server) agentSVID(agentID string, key crypto.PublicKey) (*nodev1.AgentSVID, error) {
-	id, err := spiffeid.FromString(agentID)
+func (s *Server) agentSVID(ctx context.Context, action audit.Action, a *identity.Agent, key crypto.PublicKey) (*nodev1.AgentSVID, error) {
+	id, err := spiffeid.FromString(a.ID)
 	if err != nil {
 		return nil, fmt.Errorf("reading the agent's record: %w", err)
 	}
@@ -208,9 +223,24 @@ func (s *Server) agentSVID(agentID string, key crypto.PublicKey) (*nodev1.AgentS
 	if err != nil {
 		return nil, fmt.Errorf("preparing the agent's SVID: %w", err)
 	}
+	e := s.event(ctx, action, audit.OK)
+	e.Subjects, e.Serial, e.NotAfter, e.Revision = []string{a.ID}, prepared.Serial(), prepared.NotAfter(), s.cfg.State.Revision()
+	e.Details = append(audit.Details{{Key: "kind", Value: a.Kind}}, nodeOf(a)...)
+	if err := s.cfg.Audit.Record(ctx, e); err != nil {
+		return nil, err
+	}
 	svid, err := prepared.Issue()
 	if err != nil {
+		s.failed(e, err)
 		return nil, fmt.Errorf("issuing %s: %w", id, err)
 	}
 	return &nodev1.AgentSVID{SpiffeId: id.String(), Chain: svid.Chain, Bundle: api.BundleToWire(s.cfg.State.Bundle())}, nil
+}
+
+// nodeOf is what an agent may speak for, as records say it.
+func nodeOf(a *identity.Agent) audit.Details {
+	if a.KubeNode == "" {
+		return nil
+	}
+	return audit.Details{{Key: "kube_node", Value: a.KubeCluster + "/" + a.KubeNode}}
 }

@@ -25,6 +25,9 @@ func (s *Server) Ready() error {
 		}
 		return fmt.Errorf("%w: this member cannot sign yet: %v", identity.ErrUnavailable, err)
 	}
+	if err := s.cfg.Audit.Ready(); err != nil {
+		return err
+	}
 	if stale := s.cfg.Cluster.Staleness(); stale > s.cfg.MaxStaleness {
 		since := "since it started"
 		if stale < 365*24*time.Hour {

@@ -67,6 +67,7 @@ func ruleFor(method string) kind {
 		adminv1.Admin_RemoveMember_FullMethodName,
 		adminv1.Admin_TransferLeader_FullMethodName,
 		adminv1.Admin_SaveBackup_FullMethodName,
+		adminv1.Admin_QueryAudit_FullMethodName,
 		"/grpc.health.v1.Health/List",
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":
@@ -192,14 +193,7 @@ func (s *Server) accountAllowed(a *identity.Agent) error {
 
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 	who := callerOf(ctx)
-	ctx, err := s.authorize(ctx, who, info.FullMethod)
-	if err != nil {
-		return nil, s.report(who, info.FullMethod, err)
-	}
-	if err := s.readBarrier(ctx, info.FullMethod); err != nil {
-		return nil, s.report(who, info.FullMethod, err)
-	}
-	resp, err := next(ctx, req)
+	resp, err := s.auditedUnary(ctx, who, req, info, next)
 	if err != nil {
 		return nil, s.report(who, info.FullMethod, err)
 	}
@@ -208,11 +202,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 	who := callerOf(ss.Context())
-	ctx, err := s.authorize(ss.Context(), who, info.FullMethod)
-	if err != nil {
-		return s.report(who, info.FullMethod, err)
-	}
-	if err := next(srv, &callStream{ss, ctx}); err != nil {
+	if err := s.auditedStream(srv, ss, who, info, next); err != nil {
 		return s.report(who, info.FullMethod, err)
 	}
 	return nil

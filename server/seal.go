@@ -10,6 +10,7 @@ import (
 	"time"
 
 	memberv1 "countersign.io/countersign/api/member/v1"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/identity"
 )
 
@@ -100,6 +101,9 @@ func concernsSeal(c identity.Change) bool {
 func (s memberService) Keyring(ctx context.Context, _ *memberv1.KeyringRequest) (*memberv1.KeyringResponse, error) {
 	name, err := s.currentMember(ctx, callOf(ctx).caller)
 	if err != nil {
+		return nil, err
+	}
+	if err := s.audit(ctx, audit.Event{Action: audit.GiveKeyring, Outcome: audit.OK, Subjects: []string{name}}); err != nil {
 		return nil, err
 	}
 	plain, err := s.cfg.Keyring()

@@ -94,6 +94,9 @@ type Config struct {
 	// SealTerm tells the term that a sealed key was sealed under, for operators; nil: it is not told.
 	SealTerm func(sealed []byte) (uint32, bool)
 
+	// Audit remembers every decision, before it takes effect: what it cannot record is not done.
+	Audit Audit
+
 	Limits Limits
 	Now    func() time.Time // nil: time.Now
 	Log    *slog.Logger
@@ -108,6 +111,8 @@ type Server struct {
 	turns  chan struct{} // see verify
 	// what strangers may cause of log lines: refusals, and faults of ours
 	refusals, faults *lineLimit
+	requestPrefix    string // of the IDs of calls, and how many there were
+	requestCount     atomic.Uint64
 	seal             sealTending
 	orphanAfter      time.Duration // see settleTerm
 	backups          chan struct{} // a place for each that is being made
@@ -151,6 +156,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
 	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), seal: newSealTending(), orphanAfter: orphanAfter, backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
+	s.requestPrefix = newID()[:10] + "-"
 	s.upstreamWake = make(chan struct{}, 1)
 	if s.downstreams, err = newDownstreams(); err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
@@ -203,6 +209,7 @@ func (c *Config) check() error {
 	cl := c.Cluster
 	need(cl.Staleness != nil && cl.Members != nil && cl.Health != nil && cl.AddMember != nil && cl.RemoveMember != nil && cl.TransferLeader != nil && cl.ReadBarrier != nil, "Cluster")
 	need(c.Seal != nil && c.Open != nil && c.Keyring != nil && c.Keep != nil, "Seal, Open, Keyring or Keep")
+	need(c.Audit != nil, "Audit")
 	need(c.Log != nil, "Log")
 	errs = append(errs, c.Sealing.check())
 	return errors.Join(errs...)
@@ -303,6 +310,7 @@ func (s *Server) changed(changes []identity.Change) {
 		s.hub.endIf(s.agentGone)
 	}
 	s.hub.apply(changes)
+	s.noteChanges(changes)
 }
 
 // takeClusters gives the verifier the registered kube clusters.

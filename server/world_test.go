@@ -58,6 +58,7 @@ type world struct {
 	socket   string
 	kubeKey  crypto.Signer // of the kube cluster's tokens: ECDSA, or RSA as most real ones
 	log      *lockedBuffer
+	audit    *fakeAudit
 	ahead    atomic.Int64 // of the server's clock
 	stale    atomic.Int64
 	acks     atomic.Uint64 // see syncer.settle
@@ -111,7 +112,7 @@ func newWorld(t testing.TB, edits ...func(*Config)) *world {
 func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 	t.Helper()
 	w := &world{
-		td: spiffeid.RequireTrustDomainFromString("example.org"), log: &lockedBuffer{},
+		td: spiffeid.RequireTrustDomainFromString("example.org"), log: &lockedBuffer{}, audit: &fakeAudit{},
 		added: make(chan identity.Member, 8), finished: make(chan error, 1), raft: make(chan net.Conn, 8),
 	}
 	log := slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -167,6 +168,7 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 		Limits: Limits{GuestRate: 1e6, GuestBurst: 1e6, TotalRate: 1e6, TotalBurst: 1e6},
 		Now:    func() time.Time { return time.Now().Add(time.Duration(w.ahead.Load())) },
 		Log:    log,
+		Audit:  w.audit,
 	}
 	for _, e := range edits {
 		e(&cfg)

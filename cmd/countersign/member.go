@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"countersign.io/countersign/attestor/kube"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/config"
@@ -70,6 +71,7 @@ type member struct {
 	store   *store.Store
 	ca      *ca.CA
 	pods    *kube.Verifier
+	audit   *audit.Log
 	tls     server.TLSConfig
 	port    *server.Listener
 	admin   net.Listener
@@ -203,6 +205,10 @@ func (m *member) open(ctx context.Context) error {
 	if m.ca, err = ca.New(ca.Config{TrustDomain: m.td, MemberName: c.Name, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, Now: m.hooks.now, Log: m.log}); err != nil {
 		return err
 	}
+	if err := m.openAudit(); err != nil {
+		return err
+	}
+	m.run(context.WithoutCancel(ctx), m.audit.Run) // it outlives what is recorded in it
 	if err := m.lastAuthorities(); err != nil {
 		return err
 	}
@@ -292,7 +298,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
-		Now: m.hooks.now, Log: m.log,
+		Audit: m.audit, Now: m.hooks.now, Log: m.log,
 	})
 	if b := c.Backup; b.Dir != "" {
 		m.backups = newSchedule(b.Dir, c.Name, b.Every, b.Keep, m.saveBackup, m.log)
