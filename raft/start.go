@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/hashicorp/go-hclog"
@@ -12,29 +13,6 @@ import (
 
 	"countersign.io/countersign/internal/durable"
 )
-
-// keepSnapshots: the newest, and one to fall back on.
-const keepSnapshots = 2
-
-// openSnapshots opens the folder of snapshots and removes what a crash left half written there.
-func openSnapshots(dir string, log hclog.Logger) (hraft.SnapshotStore, error) {
-	path := filepath.Join(dir, "snapshots") // the name is hashicorp/raft's
-	if err := durable.PrivateDir(path); err != nil {
-		return nil, err
-	}
-	names, err := os.ReadDir(path)
-	if err != nil {
-		return nil, err
-	}
-	for _, e := range names {
-		if strings.HasSuffix(e.Name(), ".tmp") {
-			if err := os.RemoveAll(filepath.Join(path, e.Name())); err != nil {
-				return nil, fmt.Errorf("removing unfinished snapshot: %w", err)
-			}
-		}
-	}
-	return hraft.NewFileSnapshotStoreWithLogger(dir, keepSnapshots, log)
-}
 
 // checkStart compares what the state machine has with what the folder has, and says whether the machine must
 // be restored from a snapshot. It refuses what raft would panic on or, worse, go on with:
@@ -47,7 +25,12 @@ func openSnapshots(dir string, log hclog.Logger) (hraft.SnapshotStore, error) {
 //	any           S             F > S+1       refused: entries are missing
 //
 // When the newest snapshot is damaged an older one will do if the log reaches back to it.
-func checkStart(logs *logStore, snaps hraft.SnapshotStore, f *fsm) (restore bool, err error) {
+func checkStart(logs *logStore, snaps *snapshots, f *fsm) (restore bool, err error) {
+	defer func() {
+		if damage := snaps.damage(); err != nil && damage != nil {
+			err = fmt.Errorf("%w (%w)", err, damage)
+		}
+	}()
 	applied, err := f.machine.AppliedIndex()
 	if err != nil {
 		return false, fmt.Errorf("reading the state machine's index: %w", err)
@@ -73,6 +56,9 @@ func checkStart(logs *logStore, snaps hraft.SnapshotStore, f *fsm) (restore bool
 		return false, reaches(logs, last, newest)
 	}
 	if len(list) == 0 {
+		if damage := snaps.damage(); damage != nil && (last == 0 || logs.runFrom > 1) {
+			return false, fmt.Errorf("no snapshot can be read; remove this member and join it again with an empty folder: %w", ErrCorrupt)
+		}
 		return false, reaches(logs, last, 0)
 	}
 	var errs []error

@@ -49,8 +49,8 @@ func checkHeader(dir string, td spiffeid.TrustDomain) error {
 	}
 	switch {
 	case have.TrustDomain != want.TrustDomain:
-		return fmt.Errorf("%w: %s is the state of trust domain %q, and this member is of %q: give it another data folder, or correct trust_domain",
-			identity.ErrInvalid, dir, have.TrustDomain, want.TrustDomain)
+		return fmt.Errorf("%w: %s is the state of trust domain %q, says its %s, and this member is of %q: give it another data folder, or correct trust_domain",
+			identity.ErrInvalid, dir, have.TrustDomain, headerFile, want.TrustDomain)
 	case have.Format > formatVersion:
 		return fmt.Errorf("%w: %s has format %d, and this version reads up to %d: run the newer version that wrote it",
 			identity.ErrInvalid, dir, have.Format, formatVersion)

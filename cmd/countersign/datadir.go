@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -115,9 +116,9 @@ func (d *dataDir) check(raw []byte, c *config.Server) error {
 	case m.Version != 1:
 		return fmt.Errorf("%w: %s has version %d: this release reads version 1", identity.ErrInvalid, d.file("member.json"), m.Version)
 	case m.TrustDomain != c.TrustDomain:
-		return fmt.Errorf("%w: data_dir %s holds the state of trust domain %q, not %q: name another folder, or mend trust_domain", identity.ErrPrecondition, d.path, m.TrustDomain, c.TrustDomain)
+		return fmt.Errorf("%w: data_dir %s holds the state of trust domain %q, not %q, says its member.json: name another folder, or mend trust_domain", identity.ErrPrecondition, d.path, m.TrustDomain, c.TrustDomain)
 	case m.Name != c.Name:
-		return fmt.Errorf("%w: data_dir %s belongs to member %q, not %q: name another folder, or mend name", identity.ErrPrecondition, d.path, m.Name, c.Name)
+		return fmt.Errorf("%w: data_dir %s belongs to member %q, not %q, says its member.json: name another folder, or mend name", identity.ErrPrecondition, d.path, m.Name, c.Name)
 	}
 	return nil
 }
@@ -249,12 +250,18 @@ func (d *dataDir) joined(res *memberv1.JoinResponse) (*seal.Keyring, error) {
 
 // authoritiesFile is authorities.json: what it holds is sealed, as in the log.
 type authoritiesFile struct {
-	Version     int                  `json:"version"`
-	Authorities []identity.Authority `json:"authorities"`
+	Version     int             `json:"version"`
+	Authorities json.RawMessage `json:"authorities"`
+	CRC32C      *uint32         `json:"crc32c,omitempty"` // of the former's bytes; an earlier release wrote none
 }
 
 func (d *dataDir) saveAuthorities(a []identity.Authority) error {
-	raw, err := json.Marshal(authoritiesFile{Version: 1, Authorities: a})
+	list, err := json.Marshal(a)
+	if err != nil {
+		return fmt.Errorf("encoding the authorities: %w", err)
+	}
+	sum := crc32.Checksum(list, crc32.MakeTable(crc32.Castagnoli))
+	raw, err := json.Marshal(authoritiesFile{Version: 1, Authorities: list, CRC32C: &sum})
 	if err != nil {
 		return fmt.Errorf("encoding the authorities: %w", err)
 	}
@@ -274,10 +281,21 @@ func (d *dataDir) loadAuthorities() ([]identity.Authority, error) {
 		return nil, fmt.Errorf("reading the authorities: %w", err)
 	}
 	var f authoritiesFile
-	if err := json.Unmarshal(raw, &f); err != nil || f.Version != 1 {
+	var list []identity.Authority
+	err = json.Unmarshal(raw, &f)
+	switch {
+	case err != nil:
+	case f.Version != 1:
+		err = fmt.Errorf("it has version %d", f.Version)
+	case f.CRC32C != nil && *f.CRC32C != crc32.Checksum(f.Authorities, crc32.MakeTable(crc32.Castagnoli)):
+		err = errors.New("its checksum does not match")
+	default:
+		err = json.Unmarshal(f.Authorities, &list)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%w: %s is damaged or of a newer release (%v): remove it if another member lives, else restore it", identity.ErrInvalid, d.file("authorities.json"), err)
 	}
-	return f.Authorities, nil
+	return list, nil
 }
 
 // Close lets the folder go.
