@@ -56,7 +56,8 @@ func (c *care) run(m *cluster.Member, code int, line string, words ...string) st
 	ctx, cancel := context.WithTimeout(c.ctx, time.Minute)
 	defer cancel()
 	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), append(strings.Fields(line), "--socket", m.Socket)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), strings.Fields(line)...)
+	cmd.Env = append(os.Environ(), "COUNTERSIGN_ADMIN_SOCKET="+m.Socket)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	_ = cmd.Run() // its code says it
 	if got := cmd.ProcessState.ExitCode(); got != code {
@@ -462,4 +463,34 @@ func TestClusterTwoOfOne(t *testing.T) {
 	elsewhere := newPlace(t, m.Name, filepath.Join(m.Dir, "data"))
 	elsewhere.yaml = strings.Replace(elsewhere.yaml, "trust_domain: "+trustDomain, "trust_domain: other.test", 1)
 	elsewhere.notStarted(t, "", exitFailure, `trust domain "process.test", not "other.test"`)
+}
+
+// TestClusterRemovesTheDead: who is away for long is removed by itself, and only as long as three voters are left.
+func TestClusterRemovesTheDead(t *testing.T) {
+	if testing.Short() {
+		t.Skip("a member must be away for a minute to be removed")
+	}
+	t.Parallel()
+	c := newCare(t, 4, "cluster: {remove_dead_after: 1m}\n")
+	c.status(c.Members[0], "all are well", func(s *clusterStatus) bool { return s.Healthy && len(s.Members) == 4 })
+	c.Members[3].Kill()
+	gone := func(s *clusterStatus) bool { return s.Healthy && len(s.Members) == 3 }
+	for deadline := time.Now().Add(3 * time.Minute); ; {
+		s, err := clusterStatusOf(c.ctx, bin, c.Members[0])
+		if err == nil && gone(s) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the dead member is still there: %+v, %v", s, err)
+		}
+		if !pause(c.ctx, 500*time.Millisecond) {
+			t.Fatal(c.ctx.Err())
+		}
+	}
+	c.eventually("agents hear no more of it", func() error {
+		if k := parsedToken(t, c.admin("token", "create", "--agent")); slices.Contains(k.Addresses, c.Members[3].Address) {
+			return fmt.Errorf("%v", k.Addresses)
+		}
+		return nil
+	})
 }

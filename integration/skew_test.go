@@ -174,6 +174,18 @@ func TestSkew(t *testing.T) {
 		f.swap(t, a, bin)
 		f.levelIs(a, bin, 1)
 		f.works(t, other)
+		// What an older version could not read is refused, and says so; what only it lacks the command for, too.
+		for _, args := range [][]string{
+			{"entry", "create", "--downstream", "-s", "k8s:ns:ca", "--id", "spiffe://" + trustDomain + "/ca"},
+			{"seal", "rotate"},
+		} {
+			if _, err := a.Admin(f.world.ctx, bin, args...); err == nil || !strings.Contains(err.Error(), "until every member runs this version") {
+				t.Errorf("%v at level 1: %v", args, err)
+			}
+		}
+		if _, err := b.Admin(f.world.ctx, bin, "cluster", "status"); err == nil || !strings.Contains(err.Error(), "runs a version that cannot do this") {
+			t.Errorf("asking an old member: %v", err)
+		}
 		f.swap(t, b, bin)
 		f.levelIs(b, bin, 1)
 		// Back, as long as one is old still: nothing that the old one cannot read was written.
@@ -238,10 +250,11 @@ func TestSkew(t *testing.T) {
 			t.Fatal(err)
 		}
 		untilVoter(t, w, "ca-3")
-		s, err := clusterStatusOf(w.ctx, bin, w.Members[1])
-		if err != nil || s.Level != 1 || len(s.Members) != 3 {
-			t.Errorf("%+v, %v", s, err)
-		}
+		c := &care{w}
+		c.status(w.Members[1], "two versions are well together", func(s *clusterStatus) bool {
+			return s.Healthy && s.Level == 1 && len(s.Members) == 3 && s.Members[0].Level == 1 && s.Members[1].Level == 2 && s.Members[0].Version == ""
+		})
+		c.run(w.Members[1], 0, "cluster status", "level", "ca-1")
 	})
 	t.Run("to a release to come", func(t *testing.T) {
 		future := buildFuture(t)

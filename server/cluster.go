@@ -176,6 +176,12 @@ func (s *Server) readBarrier(ctx context.Context, method string) error {
 		if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
 			return fmt.Errorf("asking the leader whether this member knows all (--stale shows what it knows): %w", err)
 		}
+	case adminv1.Admin_CreateToken_FullMethodName,
+		adminv1.Admin_AddKubeCluster_FullMethodName:
+		// These look at what is there before they write: what another member acknowledged a moment ago must be.
+		if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
+			return fmt.Errorf("asking the leader whether this member knows all: %w", err)
+		}
 	case adminv1.Admin_Status_FullMethodName,
 		adminv1.Admin_ClusterStatus_FullMethodName:
 		// These are asked when there is no leader: what they answer says so.

@@ -209,6 +209,12 @@ func (c *care) set(f func()) {
 	f()
 }
 
+func (c *care) asked() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.barriers
+}
+
 func (c *care) calls() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -302,9 +308,9 @@ func TestReadsAreLinearizable(t *testing.T) {
 		"bundle":        func(ctx context.Context) error { _, err := a.GetBundle(ctx, &adminv1.Empty{}); return err },
 	}
 	for name, f := range read {
-		before := c.barriers
-		if err := f(ctx); err != nil || c.barriers != before+1 {
-			t.Errorf("%s: %v, %d barriers", name, err, c.barriers-before)
+		before := c.asked()
+		if err := f(ctx); err != nil || c.asked() != before+1 {
+			t.Errorf("%s: %v, %d barriers", name, err, c.asked()-before)
 		}
 	}
 	c.set(func() { c.barrier = fmt.Errorf("%w: no leader", identity.ErrUnavailable) })
@@ -317,7 +323,9 @@ func TestReadsAreLinearizable(t *testing.T) {
 	if _, err := a.Status(ctx, &adminv1.Empty{}); err != nil {
 		t.Error(err)
 	}
-	_, err := a.GetEntry(ctx, &adminv1.NameRequest{Name: "none"})
+	_, err := a.CreateToken(stale, &adminv1.CreateTokenRequest{Purpose: "agent"})
+	wantCode(t, err, codes.Unavailable, "no leader")
+	_, err = a.GetEntry(ctx, &adminv1.NameRequest{Name: "none"})
 	wantCode(t, err, codes.Unavailable)
 	_, err = a.GetEntry(stale, &adminv1.NameRequest{Name: "none"})
 	wantCode(t, err, codes.NotFound)

@@ -11,8 +11,10 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
@@ -54,13 +56,14 @@ func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminCl
 	if a.stale {
 		ctx = metadata.AppendToOutgoingContext(ctx, server.MetadataStale, "true")
 	}
-	if err := api.FromStatus(f(ctx, adminv1.NewAdminClient(conn))); err != nil {
-		if errors.Is(err, identity.ErrUnavailable) {
-			return fmt.Errorf("asking the member at %s (is it running? countersign server run, or countersign dev): %w", path, err)
-		}
-		return err
+	err = f(ctx, adminv1.NewAdminClient(conn))
+	if status.Code(err) == codes.Unimplemented {
+		return fmt.Errorf("%w: the member at %s runs a version that cannot do this: upgrade it, or ask one that can (%v)", identity.ErrPrecondition, path, err)
 	}
-	return nil
+	if err = api.FromStatus(err); errors.Is(err, identity.ErrUnavailable) {
+		return fmt.Errorf("asking the member at %s (is it running? countersign server run, or countersign dev): %w", path, err)
+	}
+	return err
 }
 
 // adminSocket finds the socket: as told, or the first that is there.
