@@ -20,7 +20,11 @@ import (
 // dial connects to another member: to that one, or, for no id, to whichever answers.
 func (m *member) dial(ctx context.Context, id, address string) (net.Conn, error) {
 	d := tls.Dialer{Config: server.MemberTLS(m.tls, id)}
-	return d.DialContext(ctx, "tcp", address)
+	c, err := d.DialContext(ctx, "tcp", address)
+	if err == nil && m.tap != nil {
+		c = m.tap(c)
+	}
+	return c, err
 }
 
 // alone refuses to be one of two: a copy of the data folder that runs elsewhere would vote twice, and each would undo what the

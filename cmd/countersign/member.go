@@ -81,6 +81,7 @@ type member struct {
 	closers []io.Closer
 
 	hooks    hooks
+	tap      func(net.Conn) net.Conn // a test's ear inside TLS, at every connection of raft's; nil but there
 	started  time.Time
 	popRoots *x509.CertPool
 	serving  atomic.Pointer[server.Server] // set once there is one: health is asked for before
