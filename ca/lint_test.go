@@ -46,6 +46,10 @@ func goodTemplate(kind Kind) *x509.Certificate {
 		c := caTemplate(testTD(), "m1", now, now.Add(time.Hour))
 		c.MaxPathLenZero, c.PermittedURIDomains, c.PermittedDNSDomainsCritical = true, []string{"example.org"}, true
 		return c
+	case KindAuthority: // as an upstream may well make it
+		c := caTemplate(testTD(), "example.org", now, now.Add(time.Hour))
+		c.SerialNumber, c.URIs, c.MaxPathLen, c.KeyUsage = big.NewInt(1), nil, 1, x509.KeyUsageCertSign|x509.KeyUsageCRLSign
+		return c
 	}
 	return caTemplate(testTD(), "example.org", now, now.Add(time.Hour))
 }
@@ -70,7 +74,7 @@ func signed(t *testing.T, kind Kind, tmpl *x509.Certificate, pub any) *x509.Cert
 }
 
 func TestLintPassesGood(t *testing.T) {
-	for _, kind := range []Kind{KindRoot, KindIssuer, KindLeaf} {
+	for _, kind := range []Kind{KindRoot, KindIssuer, KindLeaf, KindAuthority} {
 		if f := Lint(testTD(), signed(t, kind, goodTemplate(kind), nil), kind); len(f) != 0 {
 			t.Errorf("kind %d: %v", kind, f)
 		}
@@ -155,6 +159,14 @@ func TestLintRefuses(t *testing.T) {
 		{"unknown critical extension", KindLeaf, "RFC 5280 section 4.2", func(c *x509.Certificate) {
 			c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{1, 2, 3, 4}, Critical: true, Value: []byte{5, 0}}}
 		}},
+		{"an authority that is no CA", KindAuthority, "X509-SVID section 4.1", func(c *x509.Certificate) { c.IsCA, c.MaxPathLen = false, 0 }},
+		{"an authority of path length 0", KindAuthority, "X509-SVID section 4.1", func(c *x509.Certificate) { c.MaxPathLen, c.MaxPathLenZero = 0, true }},
+		{"an authority without keyCertSign", KindAuthority, "X509-SVID section 4.3", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageCRLSign }},
+		{"an authority with a path", KindAuthority, "X509-SVID section 3.2", func(c *x509.Certificate) { c.URIs = []*url.URL{uri("spiffe://example.org/web")} }},
+		{"an authority of another trust domain", KindAuthority, "X509-SVID section 3", func(c *x509.Certificate) { c.URIs = []*url.URL{uri("spiffe://other.org")} }},
+		{"an authority of two", KindAuthority, "X509-SVID section 2", func(c *x509.Certificate) { c.URIs = []*url.URL{uri("spiffe://example.org"), uri("spiffe://other.org")} }},
+		{"an authority without subject", KindAuthority, "RFC 5280 section 4.1.2.6", func(c *x509.Certificate) { c.Subject = pkix.Name{} }},
+		{"an authority with a large serial", KindAuthority, "RFC 5280 section 4.1.2.2", func(c *x509.Certificate) { c.SerialNumber = new(big.Int).Lsh(big.NewInt(1), 160) }},
 		{"upper-case DNS name", KindLeaf, "house", func(c *x509.Certificate) { c.DNSNames = []string{"Web"} }},
 		{"a CA with DNS names", KindIssuer, "house", func(c *x509.Certificate) { c.DNSNames = []string{"web"} }},
 		{"a CA with extended key usage", KindIssuer, "house", func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }},

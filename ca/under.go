@@ -95,6 +95,9 @@ func checkAnswer(td spiffeid.TrustDomain, key *ecdsa.PrivateKey, certDER []byte,
 	if !key.PublicKey.Equal(cert.PublicKey) {
 		return a, fmt.Errorf("%w: its certificate is for another key than the one that was asked for: look for a cache or a proxy on the way", identity.ErrInvalid)
 	}
+	if err := asError(Lint(td, cert, KindAuthority)); err != nil { // before its absent key ID is what is wrong with it
+		return a, err
+	}
 	record := x509Record(cert)
 	record.Chain, record.Roots = chain, roots
 	above, err := parseAuthority(td, &record, now)
