@@ -58,6 +58,9 @@ func openLogStore(path, member string) (s *logStore, err error) {
 			s, err = nil, fmt.Errorf("reading %s: %v: %w; remove this member and join it again with an empty folder", path, p, ErrCorrupt)
 		}
 	}()
+	if err := checkPages(path, string(bucketLog()), string(bucketMeta()), string(bucketStable())); err != nil {
+		return nil, fmt.Errorf("checking %s: %w; remove this member and join it again with an empty folder", path, err)
+	}
 	db, err := bolt.Open(path, 0o600, &bolt.Options{
 		Timeout:      time.Second, // our own lock is held already
 		FreelistType: bolt.FreelistMapType,
@@ -119,6 +122,15 @@ func (s *logStore) load(member string) error {
 
 // checkMeta writes whose log this is into a new file, and compares it with an old one's.
 func checkMeta(meta *bolt.Bucket, member string) error {
+	err := meta.ForEach(func(k, _ []byte) error {
+		if string(k) != "format" && string(k) != "member" {
+			return fmt.Errorf("meta key %q: %w", k, ErrCorrupt)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
 	for _, f := range []struct{ key, want string }{{"format", logFormat}, {"member", member}} {
 		got := meta.Get([]byte(f.key))
 		switch {

@@ -141,7 +141,7 @@ func Open(cfg Config) (_ *Node, err error) {
 	n.fsm = newFSM(cfg.Machine, n.fail)
 	restore, err := checkStart(n.logs, snaps, n.fsm)
 	if err != nil {
-		return nil, fmt.Errorf("checking raft folder %s%s: %w", cfg.Dir, unreadable(cfg.Dir, snaps), err)
+		return nil, fmt.Errorf("checking raft folder %s: %w", cfg.Dir, err)
 	}
 	n.mux = newMux(n)
 	n.transport = newTransport(n)

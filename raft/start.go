@@ -3,15 +3,6 @@ package raft
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"slices"
-	"strings"
-
-	"github.com/hashicorp/go-hclog"
-	hraft "github.com/hashicorp/raft"
-
-	"countersign.io/countersign/internal/durable"
 )
 
 // checkStart compares what the state machine has with what the folder has, and says whether the machine must
