@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -12,7 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"countersign.io/countersign/identity"
 	"countersign.io/countersign/integration/cluster"
+	"countersign.io/countersign/internal/hsm/hsmtest"
 )
 
 // sealStatus is what "seal status -o json" says.
@@ -220,5 +223,127 @@ func TestSealKeyChanges(t *testing.T) {
 	}
 	if _, err := os.Stat(old); err == nil {
 		t.Error("a key was made where there is a keyring that it does not open")
+	}
+}
+
+// TestSealInToken keeps key-encryption keys and the x509 authority's key in a PKCS#11 token (SoftHSM, for real): nothing of the
+// authority's key is in the cluster, each fault of the token is told plainly, and none loses anything.
+func TestSealInToken(t *testing.T) {
+	if hsmtest.Module() == "" {
+		t.Skip("SoftHSM is not installed (softhsm2-util and libsofthsm2.so): no PKCS#11 token to test with")
+	}
+	dir := t.TempDir()
+	conf, err := hsmtest.Configure(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SOFTHSM2_CONF", conf)
+	tok, err := hsmtest.Make()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok.PINFile = filepath.Join(dir, "pin")
+	pin := func(text string, mode os.FileMode) {
+		t.Helper()
+		_ = os.Remove(tok.PINFile)
+		if text == "" {
+			return
+		}
+		if err := os.WriteFile(tok.PINFile, []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(tok.PINFile, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pin(tok.PIN, 0o600)
+	w := newWorld(t, 3, fmt.Sprintf("seal:\n  key: %q\nca:\n  key: %q\n", tok.URI("kek"), tok.URI("ca")))
+	var list struct {
+		Authorities []struct {
+			Kind, Key, State string
+		} `json:"authorities"`
+	}
+	if err := json.Unmarshal([]byte(w.admin("authority", "list", "-o", "json")), &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range list.Authorities {
+		if want := map[string]string{"x509": tok.URI("ca"), "jwt": "sealed"}[x.Kind]; x.Key != want {
+			t.Errorf("the key of the %s authority is at %q, want %q", x.Kind, x.Key, want)
+		}
+	}
+	w.untilSeal("only the JWT key is sealed", func(s sealStatus) bool { return s.active() == 1 && s.Values == "1" }, w.Members...)
+	w.admin("seal", "rotate")
+	w.untilSeal("the rotation went through the token", func(s sealStatus) bool { return s.active() == 2 && s.ValuesOld == "" }, w.Members...)
+	for _, m := range w.sealStatus(w.Members[0]).Members {
+		if !strings.HasPrefix(m.KEK, "pkcs11:token=") || strings.Contains(m.KEK, tok.PIN) {
+			t.Errorf("%s names its key-encryption key as %q", m.ID, m.KEK)
+		}
+	}
+
+	// What is wrong with a token is said, never the PIN, and nothing is lost.
+	m := w.Members[2]
+	m.Kill()
+	yaml := filepath.Join(m.Dir, "server.yaml")
+	good, err := os.ReadFile(yaml)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		prepare func()
+		from    string
+		to      string
+		says    string
+	}{
+		"no PIN file":      {func() { pin("", 0) }, "", "", "PIN cannot be read"},
+		"others read it":   {func() { pin(tok.PIN, 0o644) }, "", "", "chmod"},
+		"a wrong PIN":      {func() { pin("9999-wrong", 0o600) }, "", "", "is refused by token"},
+		"no pin-source":    {nil, "&pin-source=" + tok.PINFile, "", "add pin-source=/path"},
+		"an absent token":  {nil, "token=" + tok.Label, "token=nobody", "shows no token \"nobody\""},
+		"an absent module": {nil, tok.Module, "/nonexistent/m.so", "/nonexistent/m.so"},
+		"an absent key":    {nil, "object=kek", "object=gone", "the token has no such key"},
+		"a key pair":       {nil, "object=kek", "object=ca", "is a key pair"},
+	} {
+		pin(tok.PIN, 0o600)
+		if c.prepare != nil {
+			c.prepare()
+		}
+		text := string(good)
+		if c.from != "" {
+			text = strings.ReplaceAll(text, c.from, c.to)
+		}
+		if err := os.WriteFile(yaml, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(w.ctx, time.Minute)
+		out, err := exec.CommandContext(ctx, filepath.Join(w.Bin, "countersign"), "server", "run", "-c", yaml).CombinedOutput()
+		cancel()
+		if err == nil || !strings.Contains(string(out), c.says) || strings.Contains(string(out), tok.PIN) || strings.Contains(string(out), "9999-wrong") {
+			t.Errorf("%s: %v: want a refusal saying %q:\n%s", name, err, c.says, out)
+		}
+	}
+	pin(tok.PIN, 0o600)
+	if err := os.WriteFile(yaml, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.RestartMember(w.ctx, m); err != nil {
+		t.Fatal(err)
+	}
+	w.untilSeal("it is back", func(s sealStatus) bool { return s.active() == 2 && s.Values == "1" }, m)
+
+	// Nothing sealed of the authority's key is anywhere: the record says where it is, and has no ciphertext.
+	for _, x := range w.Members {
+		raw, err := os.ReadFile(filepath.Join(x.Dir, "data", "authorities.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var f struct{ Authorities []identity.Authority }
+		if err := json.Unmarshal(raw, &f); err != nil || len(f.Authorities) != 2 {
+			t.Fatalf("%d authorities, %v", len(f.Authorities), err)
+		}
+		for _, a := range f.Authorities {
+			if a.Kind == identity.AuthorityX509 && (len(a.SealedKey) > 0 || a.KeyURI == "") {
+				t.Errorf("%s has a sealed key of %d bytes, at %q", a.ID, len(a.SealedKey), a.KeyURI)
+			}
+		}
 	}
 }
