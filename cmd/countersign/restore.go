@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -47,6 +48,7 @@ happened, beside this one or against it.`,
 			if err != nil {
 				return err
 			}
+			configured := c.Backup.Key
 			if key != "" {
 				c.Backup.Key = key
 			}
@@ -54,12 +56,21 @@ happened, beside this one or against it.`,
 			if err != nil {
 				return err
 			}
+			if inFolder(configured, c.DataDir) {
+				res.Next = append(res.Next, "keep a copy of "+configured+" elsewhere: the backups that this member will make open with it, and it is lost with data_dir")
+			}
 			return a.out.Print(cmd.OutOrStdout(), res, func() cli.Table { return res.table() })
 		},
 	}
 	restoreCmd.Flags().StringVar(&key, "key", "", "URI of the key that opens the backup, if it is not backup.key")
 	restoreCmd.Flags().StringVarP(&file, "config", "c", "/etc/countersign/server.yaml", "configuration file of the member to be")
 	return restoreCmd
+}
+
+// inFolder reports whether a key is a file in a folder.
+func inFolder(uri, dir string) bool {
+	u, err := url.Parse(uri)
+	return err == nil && u.Scheme == "file" && filepath.Dir(u.Path) == filepath.Clean(dir)
 }
 
 // restored is what a restore made, and what is to be done after it.
@@ -121,7 +132,7 @@ func restoreBackup(cmd *cobra.Command, c *config.Server, path string, now time.T
 		return nil, fmt.Errorf("restoring %s into %s: %w", path, c.DataDir, err)
 	}
 	res.State = reportOf(out)
-	res.Next = nextSteps(c, sum, h)
+	res.Next = nextSteps(sum, h)
 	return res, nil
 }
 
@@ -162,6 +173,13 @@ func (d *dataDir) restore(ctx context.Context, c *config.Server, stderr io.Write
 	if err := d.emptyForRestore(); err != nil { // nobody was kept out when it was asked first
 		return store.Summary{}, err
 	}
+	kek, err := openSealKey(ctx, c)
+	if err != nil {
+		return store.Summary{}, err
+	}
+	if k, ok := kek.(io.Closer); ok {
+		defer k.Close()
+	}
 	if err := durable.WriteFile(d.file(restoringFile), []byte("A restore of a backup was begun here and has not ended.\n"), 0o600); err != nil {
 		return store.Summary{}, err
 	}
@@ -173,14 +191,6 @@ func (d *dataDir) restore(ctx context.Context, c *config.Server, stderr io.Write
 	out, keyring, err := d.restoreState(ctx, c, stderr, f, sum, now)
 	if err != nil {
 		return store.Summary{}, err
-	}
-	o, err := sealOptions(c)
-	if err != nil {
-		return store.Summary{}, err
-	}
-	kek, err := seal.OpenKEK(ctx, c.Seal.Key, o)
-	if err != nil {
-		return store.Summary{}, fmt.Errorf("%w: seal.key: %w", identity.ErrPrecondition, err)
 	}
 	if err := seal.SaveKeyring(ctx, d.file("keyring"), kek, d.td, keyring); err != nil {
 		return store.Summary{}, err
@@ -195,6 +205,22 @@ func (d *dataDir) restore(ctx context.Context, c *config.Server, stderr io.Write
 		return store.Summary{}, err
 	}
 	return out, os.Remove(d.file(restoringFile))
+}
+
+// openSealKey opens the key that the keyring will rest under, and tries it: a token without its PIN is better known before.
+func openSealKey(ctx context.Context, c *config.Server) (seal.KEK, error) {
+	o, err := sealOptions(c)
+	if err != nil {
+		return nil, err
+	}
+	kek, err := seal.OpenKEK(ctx, c.Seal.Key, o)
+	if err == nil {
+		_, err = kek.Wrap(ctx, make([]byte, 32), []byte("countersign/1|"+c.TrustDomain+"|trial"))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: seal.key: %w", identity.ErrPrecondition, err)
+	}
+	return kek, nil
 }
 
 func (d *dataDir) restoreState(ctx context.Context, c *config.Server, stderr io.Writer, f *os.File, sum store.Summary, now time.Time) (out store.Summary, _ *seal.Keyring, err error) {
@@ -225,7 +251,7 @@ func (d *dataDir) restoreState(ctx context.Context, c *config.Server, stderr io.
 }
 
 // nextSteps is what only the operator can do.
-func nextSteps(c *config.Server, sum store.Summary, h backup.Header) []string {
+func nextSteps(sum store.Summary, h backup.Header) []string {
 	at := h.CreatedAt.UTC().Format(time.RFC3339)
 	out := []string{
 		"make sure that no member of the lost cluster runs, or can come back with its old folder",
@@ -234,9 +260,6 @@ func nextSteps(c *config.Server, sum store.Summary, h backup.Header) []string {
 		fmt.Sprintf("repeat what was changed since %s: of bans, evictions, entries and rotations made later nothing is known (the backup has %d agents, %d of them banned)", at, sum.Agents, sum.Banned),
 		"make new join tokens where some are under way: all are spent",
 		"see to the agents: those that are on record go on once this member has an address that they know, others attest again",
-	}
-	if strings.HasPrefix(c.Seal.Key, "file:") && filepath.Dir(strings.TrimPrefix(strings.TrimPrefix(c.Seal.Key, "file:"), "//")) == filepath.Clean(c.DataDir) {
-		out = append(out, "keep a copy of "+filepath.Join(c.DataDir, "kek")+" elsewhere: backups of this member open with it")
 	}
 	return out
 }

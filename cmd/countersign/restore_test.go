@@ -532,6 +532,28 @@ func TestRestoreFolder(t *testing.T) {
 	}
 }
 
+// A seal key that cannot be used is found before anything is written.
+func TestRestoreSealKey(t *testing.T) {
+	c, file := made(t)
+	c.Seal.Key = "pkcs11:token=t;object=o?module-path=/absent.so&pin-source=/absent.pin"
+	if _, err := restoreBackup(inCommand(), c, file, time.Now()); !errors.Is(err, identity.ErrPrecondition) || !strings.Contains(err.Error(), "seal.key") {
+		t.Errorf("%v", err)
+	}
+	if list, err := os.ReadDir(c.DataDir); err != nil || len(list) != 1 || list[0].Name() != "lock" {
+		t.Errorf("it left %v, %v", list, err)
+	}
+	c.Seal.Key = "file:" + filepath.Join(c.DataDir, "kek") // made there, as at a first start
+	if _, err := restoreBackup(inCommand(), c, file, time.Now()); err != nil {
+		t.Error(err)
+	}
+	startMember(t, c)
+	for uri, want := range map[string]bool{c.Seal.Key: true, "file://" + c.DataDir + "/kek": true, c.Backup.Key: false, "transit:a/b": false} {
+		if inFolder(uri, c.DataDir) != want {
+			t.Errorf("%s in %s: want %t", uri, c.DataDir, want)
+		}
+	}
+}
+
 // TestRestoreCrashes leaves the folder as a crash after each step would: no member begins anything there, and restoring again
 // makes it whole.
 func TestRestoreCrashes(t *testing.T) {
