@@ -62,9 +62,9 @@ func appendBody(b []byte, member string, e *Event, c *Checkpoint) []byte {
 	b = appendNumber(b, "entry_revision", e.EntryRevision)
 	b = appendNumber(b, "revision", e.Revision)
 	b = appendOptional(b, "serial", e.Serial, maxShort)
-	if !e.NotAfter.IsZero() {
+	if end := clampTime(e.NotAfter); !end.IsZero() {
 		b = append(b, `,"not_after":"`...)
-		b = appendTime(b, e.NotAfter, dateFormat)
+		b = appendTime(b, end, dateFormat)
 		b = append(b, '"')
 	}
 	b = appendList(b, "audience", e.Audience, maxAudience, maxShort)
@@ -88,16 +88,20 @@ func appendBody(b []byte, member string, e *Event, c *Checkpoint) []byte {
 	return append(b, '}')
 }
 
-// appendTime writes years that the format has room for.
 func appendTime(b []byte, t time.Time, format string) []byte {
+	return clampTime(t).AppendFormat(b, format)
+}
+
+// clampTime keeps to the years that the format has room for.
+func clampTime(t time.Time) time.Time {
 	t = t.UTC()
 	switch y := t.Year(); {
-	case y < 0:
-		t = time.Time{}
+	case y < 1:
+		return time.Time{}
 	case y > 9999:
-		t = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+		return time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 	}
-	return t.AppendFormat(b, format)
+	return t
 }
 
 func appendWho(b []byte, w *Who) []byte {

@@ -83,6 +83,7 @@ type Log struct {
 	checked    time.Time
 	swept      time.Time
 	unsignable bool
+	grouped    int // calls in the last group
 }
 
 // span are records, by number.

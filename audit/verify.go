@@ -214,10 +214,12 @@ func (v *Verifier) follows(at place, prev, hash [sha256.Size]byte) bool {
 			here.Kind, here.Detail = Altered, "the first record follows another"
 			v.fault(here)
 		}
-	case at.seq == 1 && prev == zero:
-		if hash == v.hash && v.c.Collected {
-			return false
-		}
+	case at.seq+1 == v.r.First && at.seq < next:
+		here.Kind, here.Detail = Reordered, fmt.Sprintf("record %d is before it", v.last.seq)
+		v.r.First = at.seq
+		v.fault(here)
+		return false
+	case at.seq == 1 && prev == zero && hash != v.hash:
 		if !v.c.Collected {
 			here.Kind, here.Detail = Restarted, fmt.Sprintf("the log begins anew behind record %d", v.last.seq)
 			v.fault(here)
