@@ -57,7 +57,10 @@ func checkStart(logs *logStore, snaps *snapshots, f *fsm) (restore bool, err err
 		_, r, err := snaps.Open(meta.ID) // verifies the snapshot's checksum
 		if err == nil {
 			r.Close()
-			return true, reaches(logs, last, meta.Index)
+			if err := reaches(logs, last, meta.Index); err != nil {
+				return true, errors.Join(append(errs, err)...)
+			}
+			return true, nil
 		}
 		errs = append(errs, fmt.Errorf("snapshot %s: %w", meta.ID, err))
 	}

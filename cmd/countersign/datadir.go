@@ -120,7 +120,30 @@ func (d *dataDir) check(raw []byte, c *config.Server) error {
 	case m.Name != c.Name:
 		return fmt.Errorf("%w: data_dir %s belongs to member %q, not %q, says its member.json: name another folder, or mend name", identity.ErrPrecondition, d.path, m.Name, c.Name)
 	}
-	return nil
+	return d.checkLog()
+}
+
+// checkLog refuses a folder whose log is gone: raft would take the member for a new one, which forgets what it acknowledged and
+// whom it gave its vote, or begins the cluster once more.
+func (d *dataDir) checkLog() error {
+	path := filepath.Join(d.file("raft"), "log.db")
+	info, err := os.Stat(path)
+	if err == nil && info.Size() > 0 || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	ran := d.member.Bootstrap && exists(d.file("authorities.json")) || exists(filepath.Join(d.file("raft"), "peers.json"))
+	if names, err := os.ReadDir(filepath.Join(d.file("raft"), "snapshots")); err == nil && len(names) > 0 {
+		ran = true
+	}
+	if !ran {
+		return nil
+	}
+	return fmt.Errorf("%w: %s is missing or empty, and this member has run: restore data_dir from a backup, or remove this member and join it again with an empty folder", identity.ErrInvalid, path)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 // begin makes the folder's content. Each file is whole or absent, and member.json comes last: after a crash on the way a

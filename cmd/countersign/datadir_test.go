@@ -140,3 +140,38 @@ func FuzzMemberFile(f *testing.F) {
 		}
 	})
 }
+
+// TestLogGone: a member that ran does not begin anew because its log is gone.
+func TestLogGone(t *testing.T) {
+	for name, left := range map[string]string{
+		"a cluster that it began":       "authorities.json",
+		"members that it knew":          "raft/peers.json",
+		"a snapshot":                    "raft/snapshots/2-10-1/meta.json",
+		"nothing: it never came so far": "",
+	} {
+		for _, log := range []string{"missing", "empty", "there"} {
+			d := &dataDir{path: t.TempDir(), member: memberFile{Bootstrap: true}}
+			write := func(file, content string) {
+				if err := os.MkdirAll(filepath.Dir(d.file(file)), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(d.file(file), []byte(content), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if left != "" {
+				write(left, "{}")
+			}
+			switch log {
+			case "empty":
+				write("raft/log.db", "")
+			case "there":
+				write("raft/log.db", "x")
+			}
+			err := d.checkLog()
+			if bad := log != "there" && left != ""; bad != (err != nil) || bad && (!errors.Is(err, identity.ErrInvalid) || !strings.Contains(err.Error(), "log.db")) {
+				t.Errorf("%s, log %s: %v", name, log, err)
+			}
+		}
+	}
+}
