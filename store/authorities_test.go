@@ -9,6 +9,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"fmt"
 	"math/big"
 	"reflect"
@@ -438,4 +439,31 @@ func TestAdmitAgent(t *testing.T) {
 		t.Error("a token of no hash")
 	}
 	checkConsistent(t, s)
+}
+
+// A refusal leaves nothing, neither the token's use nor the agent, whichever of the two cannot be stored.
+func TestAdmitAgentRefusedLeavesNothing(t *testing.T) {
+	s, w, l := newStore2(t)
+	if err := w.CreateJoinToken(t.Context(), token("t", identity.JoinAgent, time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC))); err != nil {
+		t.Fatal(err)
+	}
+	beyond := time.Date(9999, 12, 31, 23, 59, 59, 0, time.FixedZone("", -3600)) // the year 10000 in UTC
+	for name, c := range map[string]struct{ at, attested string }{
+		"agent": {"2026-03-01T12:00:00Z", beyond.Format(time.RFC3339)}, "both": {beyond.Format(time.RFC3339), beyond.Format(time.RFC3339)},
+	} {
+		cmd := fmt.Sprintf("\x01"+`{"type":"admit_agent","time":%q,"data":{"hash":%q,"agent":{"id":%q,"kind":"join_token","attested_at":%q}}}`,
+			c.at, base64.StdEncoding.EncodeToString(hashOf("t")), agent("a").ID, c.attested)
+		res, err := l.Propose(t.Context(), []byte(cmd))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := decodeResult(res, nil); err == nil {
+			t.Fatalf("%s: admitted", name)
+		}
+		j, _ := s.JoinToken(hashOf("t"))
+		if _, ok := s.Agent(agent("a").ID); ok || !j.UsedAt.IsZero() {
+			t.Errorf("%s: refused, and the token is %+v, the agent recorded: %v", name, j, ok)
+		}
+		checkConsistent(t, s)
+	}
 }
