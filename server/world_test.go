@@ -415,7 +415,7 @@ func wantCode(t testing.TB, err error, code codes.Code, words ...string) {
 // wantNoSecrets fails if the log or the error contains one.
 func (w *world) wantNoSecrets(t testing.TB, err error, secrets ...string) {
 	t.Helper()
-	all := w.log.String()
+	all := w.log.String() + w.audit.text()
 	if err != nil {
 		all += err.Error()
 	}
