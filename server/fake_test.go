@@ -28,6 +28,7 @@ type fakeState struct {
 	agentsByID  map[string]*identity.Agent
 	tokens      map[string]*identity.JoinToken // by hash
 	authorities []identity.Authority
+	foreign     map[string]identity.Foreign
 	members     []identity.Member
 	bundle      *identity.Bundle
 	watchers    []chan []identity.Change
@@ -322,15 +323,7 @@ func (f *fakeState) CreateAuthority(_ context.Context, a identity.Authority) (id
 		}
 		a.Revision = rev
 		f.authorities = append(f.authorities, a)
-		b := &identity.Bundle{TrustDomain: f.td, Sequence: f.bundle.Sequence + 1, RefreshHint: 5 * time.Minute, JWT: map[string][]byte{}}
-		for _, x := range f.authorities {
-			if x.Kind == identity.AuthorityX509 {
-				b.X509 = append(b.X509, x.Cert)
-			} else {
-				b.JWT[x.ID] = x.PublicKey
-			}
-		}
-		f.bundle = b
+		f.rebundle()
 		return identity.Change{Bundle: true}, nil
 	})
 	return a, err

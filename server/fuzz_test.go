@@ -16,7 +16,7 @@ import (
 )
 
 func TestFuzzSeedsExist(t *testing.T) {
-	for _, name := range []string{"FuzzHub", "FuzzSyncRequest", "FuzzEvidence"} {
+	for _, name := range []string{"FuzzHub", "FuzzSyncRequest", "FuzzEvidence", "FuzzDownstreamKeys"} {
 		if seeds, _ := filepath.Glob(filepath.Join("testdata", "fuzz", name, "*")); len(seeds) == 0 {
 			t.Errorf("%s has no seeds: is testdata there?", name)
 		}

@@ -29,7 +29,9 @@ type ListenConfig struct {
 	MaxPerAddress int
 	// MaxPerAgent is how many connections one agent may have; 0: 16.
 	MaxPerAgent int
-	Log         *slog.Logger
+	// Downstream reports whether a workload's ID is a cluster's below ours, whose connections last as an agent's do; nil: none is.
+	Downstream func(spiffeid.ID) bool
+	Log        *slog.Logger
 }
 
 // Listener finishes each TLS handshake on its own and then hands the connection to whom it is for. Run accepts;
@@ -199,7 +201,7 @@ func (l *Listener) greet(ctx context.Context, s *stranger) {
 		c.Close()
 		return
 	}
-	to := l.route(st.NegotiatedProtocol, c.caller.kind)
+	to := l.route(st.NegotiatedProtocol, c.caller)
 	if to == nil {
 		l.cfg.Log.Debug("refused a connection: its ALPN protocol is not for this caller", "address", s.addr, "alpn", st.NegotiatedProtocol, "caller", c.caller.kind)
 		c.Close()
@@ -237,9 +239,11 @@ func (l *Listener) enlist(c *conn) bool {
 	return true
 }
 
-func (l *Listener) route(alpn string, k kind) *queue {
+func (l *Listener) route(alpn string, c caller) *queue {
+	k := c.kind
 	switch {
-	case alpn == alpnGRPC && k == agent:
+	case alpn == alpnGRPC && k == agent,
+		alpn == alpnGRPC && k == workload && l.cfg.Downstream != nil && l.cfg.Downstream(c.id):
 		return l.agents
 	case alpn == alpnGRPC:
 		return l.guests

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
@@ -328,7 +329,14 @@ func (u *upstreamLoop) renew(ctx context.Context, active *identity.Authority) er
 		u.made = &a
 	}
 	a := *u.made
-	var err error
+	// The outcome is recorded by every member, as a change of the bundle.
+	err := u.audit(ctx, audit.Event{
+		Action: audit.AuthorityCreate, Outcome: audit.Attempted, Subjects: []string{string(a.Kind) + " " + a.ID}, NotAfter: a.NotAfter,
+		Details: audit.Details{{Key: "upstream", Value: a.Upstream}},
+	})
+	if err != nil {
+		return fmt.Errorf("recording it: %w", err)
+	}
 	if active == nil {
 		a.State = identity.AuthorityActive
 		a, err = u.cfg.Writes.CreateAuthority(ctx, a)
@@ -364,7 +372,11 @@ func (u *upstreamLoop) advance(ctx context.Context, active, prepared *identity.A
 	default:
 		return min(left, upstreamLook)
 	}
-	if err := u.cfg.Authorities.ActivateAuthority(ctx, prepared.Kind, prepared.ID); err != nil {
+	err := u.audit(ctx, audit.Event{Action: audit.AuthorityChange, Outcome: audit.Attempted, Subjects: []string{string(prepared.Kind) + " " + prepared.ID}, Details: audit.Details{{Key: "to", Value: string(identity.AuthorityActive)}}})
+	if err == nil {
+		err = u.cfg.Authorities.ActivateAuthority(ctx, prepared.Kind, prepared.ID)
+	}
+	if err != nil {
 		if ctx.Err() == nil {
 			u.cfg.Log.Warn("cannot activate the prepared authority: trying again", "authority", prepared.ID, "error", err)
 		}

@@ -217,7 +217,7 @@ func (m *member) open(ctx context.Context) error {
 		return err
 	}
 	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle, Now: m.hooks.now}
-	m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Log: m.log})
+	m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Downstream: m.isDownstream, Log: m.log})
 	return err
 }
 

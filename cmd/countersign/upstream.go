@@ -6,6 +6,7 @@ import (
 	"strconv"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/ca/kmskey"
@@ -36,6 +37,12 @@ func (m *member) upstream(ctx context.Context) (server.Upstream, error) {
 		return upstream.NewGoogle(ctx, upstream.GoogleConfig{Authority: u.Google.Authority, Credentials: u.Google.Credentials})
 	}
 	return nil, nil
+}
+
+// isDownstream reports whether the ID is of a cluster below ours.
+func (m *member) isDownstream(id spiffeid.ID) bool {
+	_, ok := m.store.Downstream(id.String())
+	return ok
 }
 
 func vaultConfig(v *config.Vault) vault.Config {
