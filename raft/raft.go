@@ -57,6 +57,7 @@ type Node struct {
 	// Made by Open in this order, undone by Close in reverse.
 	lock      interface{ Close() error }
 	logs      *logStore
+	disk      *failStop // logs, as raft writes it
 	fsm       *fsm
 	mux       *mux
 	transport *transport
@@ -161,10 +162,12 @@ func (n *Node) start(snaps hraft.SnapshotStore, restore bool) error {
 			return fmt.Errorf("bootstrapping raft: %w", err)
 		}
 	}
-	r, err := hraft.NewRaft(conf, n.fsm, n.logs, n.logs, snaps, n.transport)
+	n.disk = &failStop{logStore: n.logs, fail: n.fail}
+	r, err := hraft.NewRaft(conf, n.fsm, n.disk, n.disk, snaps, n.transport)
 	if err != nil {
 		return fmt.Errorf("starting raft: %w", errors.Join(err, n.fsm.restoreFailure()))
 	}
+	n.disk.running.Store(true)
 	n.raft = r
 	n.fresh = newFreshness(r, n.fsm, n.logs)
 	n.spawn(n.transport.pump)
@@ -256,7 +259,7 @@ func (n *Node) Close() error {
 
 // handOver gives leadership to the most advanced other voter, if there is one.
 func (n *Node) handOver() {
-	if n.raft.State() != hraft.Leader {
+	if n.raft.State() != hraft.Leader || n.disk.isBroken() { // then it may be without the goroutine that would
 		return
 	}
 	others := 0

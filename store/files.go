@@ -53,7 +53,7 @@ func checkHeader(dir string, td spiffeid.TrustDomain) error {
 			identity.ErrInvalid, dir, have.TrustDomain, headerFile, want.TrustDomain)
 	case have.Format > formatVersion:
 		return fmt.Errorf("%w: %s has format %d, and this version reads up to %d: run the newer version that wrote it",
-			identity.ErrInvalid, dir, have.Format, formatVersion)
+			identity.ErrInvalid, path, have.Format, formatVersion)
 	}
 	if same, err := canonical(raw, have); err != nil || !same || have.Format < formatVersion {
 		return errors.Join(err, fmt.Errorf("%w: %s is damaged: it does not read as it was written; remove the folder's contents to have them rebuilt from the raft log", identity.ErrInvalid, path))
