@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -31,14 +32,7 @@ func OpenAES(u URI) (*AES, error) {
 		return nil, err
 	}
 	k := &AES{m}
-	err = m.with(func(s *session) error {
-		_, err := k.find(s)
-		if errors.Is(err, ErrNoKey) {
-			return nil
-		}
-		return err
-	})
-	if err != nil {
+	if _, err := use(m, k.find); err != nil && !errors.Is(err, ErrNoKey) {
 		return nil, err
 	}
 	return k, nil
@@ -93,14 +87,16 @@ func (k *AES) make(s *session) (pkcs11.ObjectHandle, error) {
 }
 
 // Encrypt encrypts plaintext and authenticates ad with it, inside the token. It makes the key if the token has none.
-func (k *AES) Encrypt(plaintext, ad []byte) (out []byte, err error) {
-	err = k.m.with(func(s *session) error {
+func (k *AES) Encrypt(plaintext, ad []byte) ([]byte, error) {
+	plaintext = bytes.Clone(plaintext) // the caller clears its own, perhaps before a token that hangs has read it
+	return use(k.m, func(s *session) ([]byte, error) {
+		defer clear(plaintext)
 		h, err := k.find(s)
 		if errors.Is(err, ErrNoKey) {
 			h, err = k.make(s)
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
 		nonce := make([]byte, nonceSize)
 		rand.Read(nonce)
@@ -108,53 +104,50 @@ func (k *AES) Encrypt(plaintext, ad []byte) (out []byte, err error) {
 		defer params.Free()
 		if err := s.ctx.EncryptInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, h); err != nil {
 			if is(err, pkcs11.CKR_KEY_TYPE_INCONSISTENT) || is(err, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED) {
-				return fmt.Errorf("%w: key %s of %s may not encrypt by AES-GCM: %w", ErrKeyType, s.uri.key(), s.uri.token(), err)
+				return nil, fmt.Errorf("%w: key %s of %s may not encrypt by AES-GCM: %w", ErrKeyType, s.uri.key(), s.uri.token(), err)
 			}
-			return fmt.Errorf("%w: encrypting in %s: %w", ErrToken, s.uri.token(), err)
+			return nil, fmt.Errorf("%w: encrypting in %s: %w", ErrToken, s.uri.token(), err)
 		}
 		body, err := s.ctx.Encrypt(s.handle, plaintext)
 		if err != nil {
-			return fmt.Errorf("%w: encrypting in %s: %w", ErrToken, s.uri.token(), err)
+			return nil, fmt.Errorf("%w: encrypting in %s: %w", ErrToken, s.uri.token(), err)
 		}
 		// Some tokens take a nonce of their own and say so here.
 		if used := params.IV(); len(used) > 0 {
 			nonce = used
 		}
 		if len(nonce) > 255 {
-			return fmt.Errorf("%w: %s took a nonce of %d bytes", ErrToken, s.uri.token(), len(nonce))
+			return nil, fmt.Errorf("%w: %s took a nonce of %d bytes", ErrToken, s.uri.token(), len(nonce))
 		}
-		out = append(append([]byte{aesFormat, byte(len(nonce))}, nonce...), body...)
-		return nil
+		return append(append([]byte{aesFormat, byte(len(nonce))}, nonce...), body...), nil
 	})
-	return out, err
 }
 
 // Decrypt opens what Encrypt made under this key with this ad; ErrOpen.
-func (k *AES) Decrypt(ciphertext, ad []byte) (plain []byte, err error) {
+func (k *AES) Decrypt(ciphertext, ad []byte) ([]byte, error) {
 	if len(ciphertext) < 2 || ciphertext[0] != aesFormat || ciphertext[1] == 0 || len(ciphertext) < 2+int(ciphertext[1])+tagBits/8 {
 		return nil, fmt.Errorf("%w: it is none of a token's", ErrOpen)
 	}
 	nonce, body := ciphertext[2:2+int(ciphertext[1])], ciphertext[2+int(ciphertext[1]):]
-	err = k.m.with(func(s *session) error {
+	return use(k.m, func(s *session) ([]byte, error) {
 		h, err := k.find(s)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		params := pkcs11.NewGCMParams(nonce, ad, tagBits)
 		defer params.Free()
 		if err := s.ctx.DecryptInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, h); err != nil {
-			return fmt.Errorf("%w: decrypting in %s: %w", ErrToken, s.uri.token(), err)
+			return nil, fmt.Errorf("%w: decrypting in %s: %w", ErrToken, s.uri.token(), err)
 		}
-		plain, err = s.ctx.Decrypt(s.handle, body)
+		plain, err := s.ctx.Decrypt(s.handle, body)
 		switch {
 		case err == nil:
-			return nil
+			return plain, nil
 		case is(err, pkcs11.CKR_DEVICE_ERROR), is(err, pkcs11.CKR_DEVICE_REMOVED), is(err, pkcs11.CKR_DEVICE_MEMORY), is(err, pkcs11.CKR_HOST_MEMORY),
 			is(err, pkcs11.CKR_TOKEN_NOT_PRESENT), is(err, pkcs11.CKR_SESSION_CLOSED), is(err, pkcs11.CKR_SESSION_HANDLE_INVALID), is(err, pkcs11.CKR_USER_NOT_LOGGED_IN):
-			return fmt.Errorf("%w: decrypting in %s: %w", ErrToken, s.uri.token(), err)
+			return nil, fmt.Errorf("%w: decrypting in %s: %w", ErrToken, s.uri.token(), err)
 		}
 		// Tokens differ in what they call a wrong tag; SoftHSM says general error.
-		return fmt.Errorf("%w: key %s of %s: %w", ErrOpen, s.uri.key(), s.uri.token(), err)
+		return nil, fmt.Errorf("%w: key %s of %s: %w", ErrOpen, s.uri.key(), s.uri.token(), err)
 	})
-	return plain, err
 }

@@ -4,9 +4,11 @@ package hsm
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -18,8 +20,9 @@ const maxPIN = 1024
 
 // module is a loaded PKCS#11 module. It is never unloaded, see the package comment.
 type module struct {
-	ctx *pkcs11.Ctx
-	uri URI
+	ctx      *pkcs11.Ctx
+	uri      URI
+	patience time.Duration
 }
 
 func load(u URI) (*module, error) {
@@ -31,7 +34,7 @@ func load(u URI) (*module, error) {
 	if ctx == nil {
 		return nil, fmt.Errorf("%w: %s is not a PKCS#11 module of this machine's kind", ErrToken, u.Module)
 	}
-	return &module{ctx: ctx, uri: u}, nil
+	return &module{ctx: ctx, uri: u, patience: patience}, nil
 }
 
 // session is one login to a token.
@@ -39,6 +42,36 @@ type session struct {
 	*module
 	slot   uint
 	handle pkcs11.SessionHandle
+}
+
+// patience is how long a token may take over one operation, logging in included.
+const patience = 20 * time.Second
+
+// use runs f in a session of its own that is logged in, and gives up on a token that does not answer: nobody can end a call
+// into a module, but who waits for it must not hang with it. Then what f returns is lost.
+func use[T any](m *module, f func(*session) (T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		var r result
+		r.err = m.with(func(s *session) (err error) {
+			r.value, err = f(s)
+			return err
+		})
+		done <- r
+	}()
+	timer := time.NewTimer(m.patience)
+	defer timer.Stop()
+	select {
+	case r := <-done:
+		return r.value, r.err
+	case <-timer.C:
+		var none T
+		return none, fmt.Errorf("%w: %s has not answered for %v", ErrToken, m.uri.token(), m.patience)
+	}
 }
 
 // with runs f in a session of its own that is logged in.
@@ -188,12 +221,14 @@ func className(class uint) string {
 // number reads a CK_ULONG attribute.
 func (s *session) number(o pkcs11.ObjectHandle, attr uint) (uint, bool) {
 	got, err := s.ctx.GetAttributeValue(s.handle, o, []*pkcs11.Attribute{pkcs11.NewAttribute(attr, nil)})
-	if err != nil || len(got) != 1 || len(got[0].Value) == 0 || len(got[0].Value) > 8 {
+	if err != nil || len(got) != 1 {
 		return 0, false
 	}
-	var n uint
-	for i := len(got[0].Value) - 1; i >= 0; i-- { // the machine's order, which is little-endian on all that Go's Linux ports with these modules have
-		n = n<<8 | uint(got[0].Value[i])
+	switch b := got[0].Value; len(b) {
+	case 4:
+		return uint(binary.NativeEndian.Uint32(b)), true
+	case 8:
+		return uint(binary.NativeEndian.Uint64(b)), true
 	}
-	return n, true
+	return 0, false
 }

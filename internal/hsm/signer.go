@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -29,11 +30,11 @@ func OpenSigner(u URI) (crypto.Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &signer{m: m}
-	if err := m.with(k.find); err != nil {
+	pub, err := use(m, findPair)
+	if err != nil {
 		return nil, err
 	}
-	return k, nil
+	return &signer{m, pub}, nil
 }
 
 // CreateSigner makes a P-256 key pair that the token does not give away. One that is there already, with the URI's label
@@ -43,27 +44,26 @@ func CreateSigner(u URI) (crypto.Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &signer{m: m}
-	err = m.with(func(s *session) error {
+	pub, err := use(m, func(s *session) (*ecdsa.PublicKey, error) {
 		if _, err := s.one(pkcs11.CKO_PRIVATE_KEY); err == nil {
-			return fmt.Errorf("%w: %s of %s: choose another label, or open it", ErrExists, u.key(), u.token())
+			return nil, fmt.Errorf("%w: %s of %s: choose another label, or open it", ErrExists, u.key(), u.token())
 		} else if !errors.Is(err, ErrNoKey) {
-			return err
+			return nil, err
 		}
-		if err := k.make(s); err != nil {
-			return err
+		if err := makePair(s); err != nil {
+			return nil, err
 		}
-		return k.find(s)
+		return findPair(s)
 	})
 	if err != nil {
 		return nil, err
 	}
-	return k, nil
+	return &signer{m, pub}, nil
 }
 
 func p256OID() asn1.ObjectIdentifier { return asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7} }
 
-func (k *signer) make(s *session) error {
+func makePair(s *session) error {
 	params, err := asn1.Marshal(p256OID())
 	if err != nil {
 		return err
@@ -87,29 +87,29 @@ func (k *signer) make(s *session) error {
 	return nil
 }
 
-// find checks the pair and reads its public half.
-func (k *signer) find(s *session) error {
+// findPair checks the pair and reads its public half.
+func findPair(s *session) (*ecdsa.PublicKey, error) {
 	private, err := s.one(pkcs11.CKO_PRIVATE_KEY)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	public, err := s.one(pkcs11.CKO_PUBLIC_KEY)
 	if err != nil {
-		return fmt.Errorf("reading the public half: %w", err)
+		return nil, fmt.Errorf("reading the public half: %w", err)
 	}
 	wrong := fmt.Errorf("%w: key %s of %s is not on P-256", ErrKeyType, s.uri.key(), s.uri.token())
 	if kind, ok := s.number(private, pkcs11.CKA_KEY_TYPE); !ok || kind != pkcs11.CKK_EC {
-		return wrong
+		return nil, wrong
 	}
 	got, err := s.ctx.GetAttributeValue(s.handle, public, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, nil), pkcs11.NewAttribute(pkcs11.CKA_EC_POINT, nil),
 	})
 	if err != nil || len(got) != 2 {
-		return fmt.Errorf("%w: reading key %s of %s: %w", ErrToken, s.uri.key(), s.uri.token(), errors.Join(err))
+		return nil, fmt.Errorf("%w: reading key %s of %s: %w", ErrToken, s.uri.key(), s.uri.token(), errors.Join(err))
 	}
 	var oid asn1.ObjectIdentifier
 	if rest, err := asn1.Unmarshal(got[0].Value, &oid); err != nil || len(rest) > 0 || !oid.Equal(p256OID()) {
-		return wrong
+		return nil, wrong
 	}
 	point := got[1].Value // a DER OCTET STRING, but of some tokens the bare point
 	var inner []byte
@@ -118,10 +118,9 @@ func (k *signer) find(s *session) error {
 	}
 	pub, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
 	if err != nil {
-		return wrong
+		return nil, wrong
 	}
-	k.pub = pub
-	return nil
+	return pub, nil
 }
 
 // Public returns an *ecdsa.PublicKey.
@@ -132,21 +131,21 @@ func (k *signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byt
 	if opts == nil || opts.HashFunc() == 0 || opts.HashFunc().Size() != len(digest) {
 		return nil, errors.New("signing in a token: want a digest and what made it")
 	}
-	var raw []byte
-	err := k.m.with(func(s *session) error {
+	digest = bytes.Clone(digest)
+	raw, err := use(k.m, func(s *session) ([]byte, error) {
 		h, err := s.one(pkcs11.CKO_PRIVATE_KEY)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if err := s.ctx.SignInit(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, h); err != nil {
-			return fmt.Errorf("%w: signing in %s: %w", ErrToken, s.uri.token(), err)
+			return nil, fmt.Errorf("%w: signing in %s: %w", ErrToken, s.uri.token(), err)
 		}
 		// CKM_ECDSA takes what fits the curve; a longer digest is cut by the caller (FIPS 186-5 section 6.4.1).
-		raw, err = s.ctx.Sign(s.handle, digest[:min(len(digest), 32)])
+		sig, err := s.ctx.Sign(s.handle, digest[:min(len(digest), 32)])
 		if err != nil {
-			return fmt.Errorf("%w: signing in %s: %w", ErrToken, s.uri.token(), err)
+			return nil, fmt.Errorf("%w: signing in %s: %w", ErrToken, s.uri.token(), err)
 		}
-		return nil
+		return sig, nil
 	})
 	if err != nil {
 		return nil, err

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -275,5 +276,21 @@ func TestKeyMadeTwiceAtOnce(t *testing.T) {
 	wg.Wait()
 	if _, err := k.Encrypt([]byte("x"), nil); err != nil {
 		t.Errorf("after several made it at once: %v", err)
+	}
+}
+
+// A token that does not answer holds nobody up for ever.
+func TestTokenThatHangs(t *testing.T) {
+	tok := hsmtest.New(t)
+	m, err := load(uri(t, tok.URI("kek")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.patience = 50 * time.Millisecond
+	release := make(chan struct{})
+	defer close(release)
+	_, err = use(m, func(*session) (int, error) { <-release; return 1, nil })
+	if !errors.Is(err, ErrToken) || !strings.Contains(err.Error(), "has not answered") {
+		t.Errorf("a token that hangs: %v", err)
 	}
 }
