@@ -298,15 +298,15 @@ func (s *logStore) deleteOnce(from, to uint64) error {
 				return err
 			}
 		}
-		if k, _ := c.First(); k != nil {
-			first = binary.BigEndian.Uint64(k)
+		k, _ := c.First()
+		if k == nil {
+			return nil // and bbolt's Last would look for ever for an entry in front of pages that are all empty
 		}
+		first = binary.BigEndian.Uint64(k)
 		k, v := c.Last()
-		if k != nil {
-			last = binary.BigEndian.Uint64(k)
-			if len(v) >= recordFixed {
-				term = binary.BigEndian.Uint64(v[2:10])
-			}
+		last = binary.BigEndian.Uint64(k)
+		if len(v) >= recordFixed {
+			term = binary.BigEndian.Uint64(v[2:10])
 		}
 		// Backwards to the newest command: mostly one step, at most the uncommitted end of the log.
 		for ; k != nil && command == 0; k, v = c.Prev() {

@@ -1,6 +1,7 @@
 package raft
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"countersign.io/countersign/internal/durable"
 )
@@ -67,7 +69,12 @@ func TestRecover(t *testing.T) {
 	for _, o := range rest {
 		old.start(o, false)
 	}
-	old.propose(rest[0], "of the old cluster")
+	eventually(t, "the old cluster goes on, or its members learn that they are no longer any", func() bool {
+		ctx, cancel := context.WithTimeout(within(t), time.Second)
+		defer cancel()
+		_, err := rest[0].Propose(ctx, []byte("of the old cluster"))
+		return err == nil || gone(rest[0]) && gone(rest[1])
+	})
 	c.propose(m, "still alone")
 	if m.machine.has("of the old cluster") != 0 {
 		t.Error("the old cluster wrote here")
