@@ -293,6 +293,9 @@ func (u *Upstream) check(f *faults, key string) {
 	if kinds > 1 {
 		f.add("ca.upstream: name at the most one of disk, vault, countersign, google (%d are set)", kinds)
 	}
+	if key != "" && kinds > 0 {
+		f.add("ca.key: with ca.upstream the cluster makes the authority's key, and keeps it sealed: leave one of the two out")
+	}
 	if key != "" {
 		f.uri("ca.key", key)
 		if strings.HasPrefix(key, "file:") {
