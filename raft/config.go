@@ -65,6 +65,7 @@ type Config struct {
 	// TrailingLogs is how many entries stay in the log behind a snapshot, for followers that lag; default 10240.
 	TrailingLogs uint64
 
+	protocol      uint32        // what it speaks on forwarding connections; older in the test of that
 	commitTimeout time.Duration // raft's fallback for what pipeline.go does; default 50 ms, longer in its test
 }
 
@@ -97,6 +98,9 @@ func (c Config) withDefaults() (Config, error) {
 	def(&c.StableFor, 2*time.Second)
 	def(&c.SnapshotInterval, 30*time.Second)
 	def(&c.commitTimeout, 50*time.Millisecond)
+	if c.protocol == 0 {
+		c.protocol = protocol
+	}
 	if c.SnapshotThreshold == 0 {
 		c.SnapshotThreshold = 8192
 	}

@@ -58,13 +58,20 @@ func (n *Node) serve(conn net.Conn) {
 			}
 			return
 		}
+		if f.kind.since() > n.cfg.protocol {
+			return
+		}
 		switch f.kind {
 		case kindPing:
-			err = s.reply(frame{kind: kindPong, id: f.id, payload: []byte{protocol}})
+			pong := frame{kind: kindPong, id: f.id}
+			if n.cfg.protocol > 1 {
+				pong.payload = []byte{byte(n.cfg.protocol)}
+			}
+			err = s.reply(pong)
 		case kindTerm:
 			err = s.reply(frame{kind: kindOK, id: f.id, payload: answer{index: n.raft.CurrentTerm()}.payload()})
 		case kindPropose, kindBarrier, kindAdd, kindRemove, kindStatus, kindReadIndex, kindTransfer:
-			if f.kind == kindStatus && len(f.payload) == 0 { // of protocol 1
+			if f.kind == kindStatus && (len(f.payload) == 0 || n.cfg.protocol == 1) {
 				err = s.reply(frame{kind: kindOK, id: f.id, payload: answer{index: n.fsm.appliedIndex()}.payload()})
 				break
 			}
