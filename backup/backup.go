@@ -40,7 +40,7 @@ import (
 // Format is the one that this release writes and reads.
 const Format = 1
 
-// maxKeyring is above the largest keyring (255 keys).
+// maxKeyring is above the largest keyring that package seal makes: 1000 keys of 36 bytes.
 const maxKeyring = 64 << 10
 
 // Header is what anybody may know of a backup.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"time"
 
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/backup"
 	"countersign.io/countersign/config"
 	"countersign.io/countersign/identity"
@@ -44,6 +45,18 @@ func (m *member) saveBackup(ctx context.Context, w io.Writer) error {
 		_, err := snap.WriteTo(ending{ctx, w})
 		return err
 	})
+}
+
+// recordBackup is for those that nobody asked for: of the others the call is on record.
+func (m *member) recordBackup(file string, err error) {
+	e := audit.Event{Action: "backup.make", Outcome: audit.OK, Who: audit.Who{Kind: "self"}, Subjects: []string{file}, Revision: m.store.Revision()}
+	if id, idErr := identity.MemberID(m.td, m.c.Name); idErr == nil {
+		e.Who.ID = id.String()
+	}
+	if err != nil {
+		e.Outcome, e.Reason = audit.Failed, err.Error()
+	}
+	m.audit.Note("", e)
 }
 
 // degraded says what of this member's own is not as configured.

@@ -302,7 +302,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Audit: m.audit, Now: m.hooks.now, Log: m.log,
 	})
 	if b := c.Backup; b.Dir != "" {
-		m.backups = newSchedule(b.Dir, c.Name, b.Every, b.Keep, m.saveBackup, m.log)
+		m.backups = newSchedule(b.Dir, c.Name, b.Every, b.Keep, m.saveBackup, m.recordBackup, m.log)
 	}
 	return err
 }

@@ -28,6 +28,7 @@ type schedule struct {
 	keep   int // complete backups of this member
 	save   func(context.Context, io.Writer) error
 	log    *slog.Logger
+	told   func(file string, err error) // of each one that was made, or was not
 
 	now    func() time.Time
 	sleep  func(context.Context, time.Duration) bool // reports whether ctx lasted
@@ -44,9 +45,9 @@ const (
 	retryBackup      = time.Minute
 )
 
-func newSchedule(dir, member string, every time.Duration, keep int, save func(context.Context, io.Writer) error, log *slog.Logger) *schedule {
+func newSchedule(dir, member string, every time.Duration, keep int, save func(context.Context, io.Writer) error, told func(string, error), log *slog.Logger) *schedule {
 	return &schedule{
-		dir: dir, member: member, every: every, keep: keep, save: save, log: log,
+		dir: dir, member: member, every: every, keep: keep, save: save, told: told, log: log,
 		now: time.Now, sleep: sleepFor, jitter: func(most time.Duration) time.Duration { return rand.N(most + 1) },
 	}
 }
@@ -66,10 +67,12 @@ func sleepFor(ctx context.Context, d time.Duration) bool {
 func (s *schedule) Run(ctx context.Context) error {
 	wait := s.first()
 	for failures := 0; s.sleep(ctx, wait); {
-		err := s.once(ctx)
+		at := s.now()
+		err := s.once(ctx, at)
 		if ctx.Err() != nil {
 			return nil
 		}
+		s.told(filepath.Join(s.dir, s.name(at)), err)
 		s.mu.Lock()
 		s.fault = err
 		s.mu.Unlock()
@@ -116,14 +119,13 @@ func (s *schedule) Health() error {
 }
 
 // once makes one backup and then removes what is too many. After an error all that was there is there still.
-func (s *schedule) once(ctx context.Context) error {
+func (s *schedule) once(ctx context.Context, at time.Time) error {
 	if err := durable.PrivateDir(s.dir); err != nil {
 		return fmt.Errorf("backup.dir: %w", err)
 	}
 	if err := s.tidy(); err != nil {
 		return err
 	}
-	at := s.now().UTC()
 	path := filepath.Join(s.dir, s.name(at))
 	f, err := backup.Create(path, false)
 	if errors.Is(err, identity.ErrExists) {

@@ -25,6 +25,7 @@ type scheduled struct {
 	waits []time.Duration
 	left  int // how often it may wait
 	fail  error
+	told  []string
 }
 
 func newScheduled(t *testing.T, times int) *scheduled {
@@ -35,7 +36,7 @@ func newScheduled(t *testing.T, times int) *scheduled {
 			return err
 		}
 		return s.fail
-	}, slog.New(slog.DiscardHandler))
+	}, func(file string, err error) { s.told = append(s.told, fmt.Sprint(filepath.Base(file), " ", err)) }, slog.New(slog.DiscardHandler))
 	s.now = func() time.Time { return s.clock }
 	s.jitter = func(time.Duration) time.Duration { return 0 }
 	s.sleep = func(_ context.Context, d time.Duration) bool {
@@ -125,7 +126,7 @@ func TestScheduleAfterARestart(t *testing.T) {
 }
 
 func TestScheduleJitters(t *testing.T) {
-	s := newSchedule("/absent", "ca-1", time.Hour, 3, nil, slog.New(slog.DiscardHandler))
+	s := newSchedule("/absent", "ca-1", time.Hour, 3, nil, nil, slog.New(slog.DiscardHandler))
 	seen := map[time.Duration]bool{}
 	for range 20 {
 		j := s.jitter(time.Minute)
@@ -156,6 +157,9 @@ func TestScheduleFails(t *testing.T) {
 	}
 	if err := s.Health(); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "the newest is of 2027-01-02T04:04:05Z") {
 		t.Errorf("health: %v", err)
+	}
+	if len(s.told) != 6 || s.told[1] != before[1]+" <nil>" || !strings.Contains(s.told[5], "no space left") {
+		t.Errorf("it told %v", s.told)
 	}
 	if !slices.Equal(s.waits[1:], []time.Duration{time.Minute, 2 * time.Minute, 4 * time.Minute, 8 * time.Minute}) {
 		t.Errorf("it tried again after %v", s.waits)
@@ -201,7 +205,7 @@ func TestScheduleClockStepsBack(t *testing.T) {
 	}
 	s.clock = s.clock.Add(-24 * time.Hour)
 	made := s.name(s.clock)
-	if err := s.once(context.Background()); err != nil {
+	if err := s.once(context.Background(), s.clock); err != nil {
 		t.Fatal(err)
 	}
 	if got := s.names(t); len(got) != 3 || !slices.Contains(got, made) {
