@@ -126,6 +126,9 @@ func TestSealRotation(t *testing.T) {
 	w.untilSeal("the third data key waits", func(s sealStatus) bool {
 		return len(s.Terms) == 4 && s.Terms[3].State == "pending" && s.active() == 3
 	}, leader, follower)
+	if out, err := follower.Admin(w.ctx, w.Bin, "seal", "rotate", "--timeout", "1s"); err == nil || !strings.Contains(err.Error(), "goes on by itself") {
+		t.Errorf("a watcher that gives up: %s, %v", out, err)
+	}
 	select {
 	case out := <-done:
 		t.Errorf("rotated without %s: %s", third.Name, out)

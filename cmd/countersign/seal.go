@@ -53,13 +53,9 @@ ends early, by --timeout or Ctrl-C, the rotation goes on; run it again to watch 
 Older data keys stay, to open old logs, snapshots and backups.`,
 		Example: "  countersign seal rotate\n  countersign seal rotate --timeout 10m -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			err := sealProgress(cmd, a, func(ctx context.Context, c adminv1.AdminClient) (grpc.ServerStreamingClient[adminv1.SealProgress], error) {
+			return sealProgress(cmd, a, func(ctx context.Context, c adminv1.AdminClient) (grpc.ServerStreamingClient[adminv1.SealProgress], error) {
 				return c.RotateSeal(ctx, &adminv1.Empty{})
 			})
-			if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-				return fmt.Errorf("%w: the rotation is not done, and goes on by itself: countersign seal status shows how far it is, and countersign seal rotate watches it again", err)
-			}
-			return err
 		},
 	}
 	rewrap := &cobra.Command{
@@ -92,6 +88,9 @@ func sealProgress(cmd *cobra.Command, a *admin, start func(context.Context, admi
 			p, err := stream.Recv()
 			if errors.Is(err, io.EOF) {
 				return nil
+			}
+			if ctx.Err() != nil {
+				return fmt.Errorf("stopped watching: %w: what was begun goes on by itself: countersign seal status shows how far it is, and the same command watches it again", ctx.Err())
 			}
 			if err != nil {
 				return err
