@@ -35,7 +35,7 @@ func (l *Log) write(ctx context.Context) {
 
 // begin takes the reserve and records the start.
 func (l *Log) begin() {
-	l.checked, l.swept = time.Now(), time.Now()
+	l.swept = time.Now() // and the first checkpoint is due as soon as there is something to sign with
 	if l.files != nil {
 		if err := l.files.takeReserve(); err != nil {
 			l.broken(err, nil)
@@ -359,7 +359,8 @@ func (l *Log) signed() *call {
 			l.cfg.Log.Warn("cannot sign a checkpoint of the audit log: trying again", "error", err)
 		}
 		l.unsignable = true
-		l.unsigned = min(l.unsigned, l.cfg.CheckpointRecords-1) // at the next tick that is due
+		l.checked = l.checked.Add(5*time.Second - l.cfg.CheckpointEvery) // sooner than the next would be
+		l.unsigned = min(l.unsigned, l.cfg.CheckpointRecords-1)          // at the next tick that is due
 		return nil
 	}
 	l.unsignable = false

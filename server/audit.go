@@ -314,8 +314,7 @@ func (s *Server) noteChanges(changes []identity.Change) {
 	note := func(action audit.Action, subjects []string, details ...audit.Detail) {
 		s.cfg.Audit.Note("", audit.Event{Action: action, Outcome: audit.OK, Who: audit.Who{Kind: "self"}, Subjects: subjects, Revision: rev, Details: details})
 	}
-	if bundle {
-		b := s.cfg.State.Bundle()
+	if b := s.cfg.State.Bundle(); bundle && b.Sequence > 0 { // or it is a state that is still being rebuilt
 		var authorities []string
 		for _, a := range s.cfg.State.Authorities() {
 			authorities = append(authorities, string(a.Kind)+" "+a.ID+" "+string(a.State))
@@ -323,14 +322,14 @@ func (s *Server) noteChanges(changes []identity.Change) {
 		note(audit.BundleChange, authorities, audit.Detail{Key: "sequence", Value: strconv.FormatUint(b.Sequence, 10)},
 			audit.Detail{Key: "x509_roots", Value: strconv.Itoa(len(b.X509))}, audit.Detail{Key: "jwt_keys", Value: strconv.Itoa(len(b.JWT))})
 	}
-	if members {
+	if members && len(s.cfg.State.Members()) > 0 {
 		var all []string
 		for _, m := range s.cfg.State.Members() {
 			all = append(all, m.ID+" "+m.Address)
 		}
 		note(audit.MemberChange, all)
 	}
-	if (seal || level) && s.cfg.Sealing.on() {
+	if (seal || level) && s.cfg.Sealing.on() && len(s.cfg.Sealing.Terms()) > 0 {
 		var terms []string
 		for _, t := range s.cfg.Sealing.Terms() {
 			terms = append(terms, strconv.FormatUint(uint64(t.Number), 10)+" "+string(t.State)+" "+strings.Join(t.Holders, ","))

@@ -129,7 +129,10 @@ func named(req any) []string {
 
 func tokenDetails(req any) audit.Details {
 	r := req.(*adminv1.CreateTokenRequest)
-	d := audit.Details{{Key: "purpose", Value: r.Purpose}, {Key: "ttl", Value: r.Ttl.AsDuration().String()}}
+	d := audit.Details{{Key: "purpose", Value: r.Purpose}}
+	if ttl := r.Ttl.AsDuration(); ttl != 0 {
+		d = append(d, audit.Detail{Key: "ttl", Value: ttl.String()})
+	}
 	if r.KubeCluster != "" || r.KubeNode != "" {
 		d = append(d, audit.Detail{Key: "kube_node", Value: r.KubeCluster + "/" + r.KubeNode})
 	}
