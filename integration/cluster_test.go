@@ -201,6 +201,11 @@ func TestClusterWithoutQuorum(t *testing.T) {
 func TestClusterAddresses(t *testing.T) {
 	t.Parallel()
 	c := newCare(t, 3, "")
+	c.createEntry(append(uidSelectors(), "--id", "spiffe://"+trustDomain+"/me")...)
+	before := c.agent()
+	if _, err := c.fetch(before); err != nil {
+		t.Fatal(err)
+	}
 	for _, m := range c.Members {
 		m.Stop()
 	}
@@ -236,11 +241,31 @@ func TestClusterAddresses(t *testing.T) {
 		}
 		return nil
 	})
-	c.createEntry(append(uidSelectors(), "--id", "spiffe://"+trustDomain+"/me")...)
-	a := c.agent()
-	if _, err := c.fetch(a); err != nil {
+	if _, err := c.fetch(c.agent()); err != nil {
 		t.Error(err)
 	}
+	// One that knows the old ones only serves what it has. It is told one new address, and learns the others.
+	if _, err := c.fetch(before); err != nil {
+		t.Error(err)
+	}
+	c.notReady(before.Health)
+	if cluster.StateDir(c.Dir, before.Name) == "none" {
+		t.Log("this machine has no tmpfs: an agent that restarts must attest again")
+		return
+	}
+	before.Stop()
+	change(t, filepath.Join(before.Dir, "agent.yaml"), func(b []byte) []byte { return append(b, []byte("servers: ["+c.Members[2].Address+"]\n")...) })
+	if err := c.RestartAgent(c.ctx, before); err != nil {
+		t.Fatal(err)
+	}
+	if c.connectedTo() == nil {
+		t.Error("it is connected to none")
+	}
+	c.Members[2].Stop()
+	if err := c.RestartMember(c.ctx, c.Members[2]); err != nil {
+		t.Fatal(err)
+	}
+	untilReady(t, c.ctx, before.Process, before.Health)
 }
 
 // together starts members at the same time: alone, none is ready.

@@ -86,6 +86,9 @@ func newWorldOf(t *testing.T, bin string, members int, serverYAML string) *world
 			t.Fatal(err)
 		}
 	}
+	if err := w.AllVote(ctx); err != nil {
+		t.Fatal(err)
+	}
 	if w.iss, err = issuer.New(dir); err != nil {
 		t.Fatal(err)
 	}

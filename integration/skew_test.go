@@ -11,8 +11,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
+	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/integration/cluster"
 )
 
@@ -256,6 +259,12 @@ func TestSkew(t *testing.T) {
 		})
 		c.run(w.Members[1], 0, "cluster status", "level", "ca-1")
 	})
+	t.Run("snapshots between the two", func(t *testing.T) {
+		if testing.Short() || raceEnabled {
+			t.Skip("it takes twenty thousand writes, and a minute for each snapshot")
+		}
+		snapshots(t, old)
+	})
 	t.Run("to a release to come", func(t *testing.T) {
 		future := buildFuture(t)
 		f, other := skewed(t, bin, future)
@@ -275,6 +284,93 @@ func TestSkew(t *testing.T) {
 		f.works(t, other)
 		f.tooOld(t, bin, "level 3", "knows level 2")
 	})
+}
+
+// snapshots brings new members up from snapshots of the other version, in both directions: what they need is in the log no
+// more.
+func snapshots(t *testing.T, old string) {
+	w := newWorldOf(t, old, 1, "")
+	t.Cleanup(func() { soundLogs(t, w.Dir) })
+	c := &care{w}
+	join := func(bin string) *cluster.Member {
+		w.Bin = bin
+		m, err := w.StartMember(w.ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		untilVoter(t, w, m.Name)
+		return m
+	}
+	a, b := w.Members[0], join(bin)
+	var wg sync.WaitGroup
+	for i := range 64 {
+		api, done, err := w.Members[i%2].AdminConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer done()
+		wg.Go(func() {
+			for n := range 360 {
+				e := &adminv1.Entry{SpiffeId: fmt.Sprintf("spiffe://%s/%d/%d", trustDomain, i, n), Selectors: []string{fmt.Sprint("unix:uid:", 1e6+i*1000+n), "agent:kind:join_token"}}
+				if _, err := api.CreateEntry(w.ctx, e); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	for _, m := range w.Members {
+		for deadline := time.Now().Add(2 * time.Minute); ; {
+			if found, _ := filepath.Glob(filepath.Join(m.Dir, "data", "raft", "snapshots", "*", "meta.json")); len(found) > 0 {
+				break
+			}
+			if time.Now().After(deadline) || !pause(w.ctx, 100*time.Millisecond) {
+				t.Fatalf("%s made no snapshot", m.Name)
+			}
+		}
+	}
+	leads := func(m *cluster.Member) {
+		w.eventually(m.Name+" leads", func() error {
+			switch l := w.Leader(w.ctx); {
+			case l == m:
+				return nil
+			case l == a: // which cannot be asked to, but does when it stops
+				a.Stop()
+				w.Bin = old
+				return errors.Join(errors.New("restarted the old one"), w.RestartMember(w.ctx, a))
+			case l == nil:
+				return errors.New("nobody does")
+			}
+			_, err := b.Admin(w.ctx, bin, "cluster", "transfer-leader", m.Name)
+			return errors.Join(errors.New("asked"), err)
+		})
+	}
+	same := func(m *cluster.Member) {
+		l := &load{w: w}
+		want, err := l.list(1)
+		if err != nil || len(want) < 64*360 {
+			t.Fatalf("%d entries, %v", len(want), err)
+		}
+		w.eventually(m.Name+" has all", func() error {
+			got, err := l.list(slices.Index(w.Members, m))
+			if err == nil && len(got) != len(want) {
+				err = fmt.Errorf("%d of %d", len(got), len(want))
+			}
+			return err
+		})
+		if found, _ := filepath.Glob(filepath.Join(m.Dir, "data", "raft", "snapshots", "*", "meta.json")); len(found) == 0 {
+			t.Errorf("%s got no snapshot", m.Name)
+		}
+	}
+	leads(b)
+	same(join(old))
+	leads(a)
+	same(join(bin))
+	s := c.status(b, "all are well", func(s *clusterStatus) bool { return s.Healthy && len(s.Members) == 4 })
+	if s.Level != 1 {
+		t.Errorf("level %d", s.Level)
+	}
 }
 
 // tooOld tries to join with binaries that know too little.

@@ -56,6 +56,9 @@ func newStage(ctx context.Context, b *bench, yaml string) (_ *stage, err error) 
 		}
 		s.admins, s.undo = append(s.admins, conn), append(s.undo, stop)
 	}
+	if err := s.c.AllVote(ctx); err != nil {
+		return nil, err
+	}
 	if s.iss, err = issuer.New(dir); err != nil {
 		return nil, err
 	}

@@ -132,6 +132,34 @@ func (c *Cluster) place(m *Member) (err error) {
 	return err
 }
 
+// AllVote waits until every member has its vote: before that, what kills some tests a smaller cluster.
+func (c *Cluster) AllVote(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		votes := 0
+		out, err := c.Admin(ctx, "status", "-o", "json")
+		var s Status
+		if err == nil && json.Unmarshal([]byte(out), &s) == nil {
+			for _, m := range s.Members {
+				if m.Voter {
+					votes++
+				}
+			}
+		}
+		if votes >= len(c.Members) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for the members' votes: %d of %d have one: %w", votes, len(c.Members), errors.Join(err, ctx.Err()))
+		case <-tick.C:
+		}
+	}
+}
+
 // RestartMember starts the member's process again, on its own data, and waits until it is ready.
 func (c *Cluster) RestartMember(ctx context.Context, m *Member) error {
 	if err := c.LaunchMember(m); err != nil {

@@ -111,6 +111,9 @@ func (s *stage) play(ctx context.Context) error {
 	if err := s.until(ctx, show, "talking"); err != nil {
 		return err
 	}
+	if err := s.c.AllVote(ctx); err != nil { // a newcomer has none before it has been stable for two seconds
+		return err
+	}
 	failover, err := s.killLeader(ctx)
 	if err != nil {
 		return err
