@@ -154,7 +154,7 @@ func Open(cfg Config) (_ *Node, err error) {
 }
 
 // start makes the raft and the goroutines around it.
-func (n *Node) start(snaps hraft.SnapshotStore, restore bool) error {
+func (n *Node) start(snaps *snapshots, restore bool) error {
 	notify := make(chan bool, 16)
 	conf := n.cfg.hraft(restore, notify)
 	if n.cfg.Bootstrap {
@@ -174,6 +174,7 @@ func (n *Node) start(snaps hraft.SnapshotStore, restore bool) error {
 	n.spawn(n.mux.accept)
 	n.spawn(func() { n.watchLeadership(notify) })
 	n.spawn(n.keepInTouch)
+	n.spawn(func() { n.checkSnapshots(snaps) })
 	n.watchLeader()
 	return nil
 }

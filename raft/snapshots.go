@@ -59,6 +59,12 @@ func openSnapshots(dir string, log hclog.Logger) (*snapshots, error) {
 	return s, err
 }
 
+// has tells whether the snapshot is still there.
+func (s *snapshots) has(name string) bool {
+	_, err := os.Stat(filepath.Join(s.path, name))
+	return err == nil
+}
+
 const maxMeta = 1 << 20
 
 // checkMeta checks the files beside the state of a snapshot.

@@ -75,3 +75,30 @@ func reaches(logs *logStore, last, index uint64) error {
 	return fmt.Errorf("the log starts at entry %d, but the snapshot before it ends at %d: entries are missing; remove this member and join it again with an empty folder: %w",
 		logs.runFrom, index, ErrCorrupt)
 }
+
+// checkSnapshots verifies the snapshots that the start had no need to read, since the state machine has their state:
+// another member may need them, or this one next time. What is damaged is said, and replaced by a new one.
+func (n *Node) checkSnapshots(snaps *snapshots) {
+	damage := snaps.damage()
+	list, err := snaps.List()
+	if err != nil {
+		n.log.Warn("listing snapshots failed", "error", err)
+	}
+	for _, meta := range list {
+		_, r, err := snaps.Open(meta.ID)
+		switch {
+		case err == nil:
+			r.Close()
+		case !snaps.has(meta.ID): // a newer one has pushed it out meanwhile
+		default:
+			damage = errors.Join(damage, fmt.Errorf("snapshot %s: %w: %w", meta.ID, err, ErrCorrupt))
+		}
+	}
+	if damage == nil || n.ctx.Err() != nil {
+		return
+	}
+	n.log.Error("a snapshot is damaged on disk; the state is whole, and a new snapshot is taken; look after the disk", "error", damage)
+	if err := n.await(n.raft.Snapshot()); err != nil && n.ctx.Err() == nil {
+		n.log.Warn("taking a new snapshot in the place of a damaged one failed; the next will be taken in its time", "error", err)
+	}
+}
