@@ -139,18 +139,22 @@ func (s *Server) currentMember(ctx context.Context, c caller) (string, error) {
 func (s *Server) tendSeal(ctx context.Context) error {
 	var told string
 	for wait := retryFirst; ; {
-		timer := time.NewTimer(wait)
-		err := s.takeTerms(ctx)
+		urgent, err := s.takeTerms(ctx)
 		switch {
-		case err == nil:
+		case err == nil: // there is nothing to do before something changes
 			wait, told = retryFirst, ""
-			timer.Stop() // nothing to do before something changes
 		case ctx.Err() == nil && err.Error() != told:
 			told = err.Error()
 			s.cfg.Log.Warn("this member's data keys are not what the cluster's are: trying again", "error", err)
-			fallthrough
-		default:
 			wait = min(2*wait, retryMost)
+		case urgent:
+			wait = min(2*wait, retryMost)
+		default: // a retired key that is lost, perhaps for good: the others are not to be asked all the time
+			wait = min(2*wait, sweepEvery)
+		}
+		timer := time.NewTimer(wait)
+		if err == nil {
+			timer.Stop()
 		}
 		select {
 		case <-ctx.Done():
@@ -164,13 +168,15 @@ func (s *Server) tendSeal(ctx context.Context) error {
 }
 
 // takeTerms fetches the keys that this member lacks, seals with the active one, and says of a pending one that it is kept
-// here: by then it is on disk. What a crash leaves is a key too much, or one that is fetched after the start.
-func (s *Server) takeTerms(ctx context.Context) error {
+// here: by then it is on disk. What a crash leaves is a key too much, or one that is fetched after the start. urgent says
+// that more than retired keys is missing.
+func (s *Server) takeTerms(ctx context.Context) (urgent bool, err error) {
 	c := &s.cfg.Sealing
 	var errs []error
 	for _, t := range c.Terms() {
 		if !s.holds(&t) {
 			if err := s.fetchTerm(ctx, t); err != nil {
+				urgent = urgent || t.State != identity.SealRetired
 				errs = append(errs, err)
 				continue
 			}
@@ -178,6 +184,7 @@ func (s *Server) takeTerms(ctx context.Context) error {
 		switch t.State {
 		case identity.SealActive:
 			if err := c.Keys.Activate(t.Number); err != nil {
+				urgent = true
 				errs = append(errs, err)
 			}
 		case identity.SealPending:
@@ -185,11 +192,12 @@ func (s *Server) takeTerms(ctx context.Context) error {
 				continue
 			}
 			if err := c.Writes.AckSealTerm(ctx, t.Number, s.cfg.MemberID); err != nil {
+				urgent = true
 				errs = append(errs, fmt.Errorf("acknowledging data key %d: %w", t.Number, err))
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return urgent, errors.Join(errs...)
 }
 
 // holds reports whether this member has the very key.

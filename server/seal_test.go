@@ -330,7 +330,7 @@ func (s *sealSim) settle() {
 			if m.dead {
 				continue
 			}
-			_ = m.takeTerms(ctx)
+			_, _ = m.takeTerms(ctx)
 			if !led && !m.dead {
 				led = true
 				_, _ = m.leadSealStep(ctx, s.orphan[m.id])

@@ -47,6 +47,9 @@ func TestTokenKey(t *testing.T) {
 func TestOpenRefuses(t *testing.T) {
 	ctx := context.Background()
 	tok := hsmtest.New(t)
+	if _, err := Open(ctx, tok.URI("none")); err != nil && strings.Contains(err.Error(), "no PKCS#11") {
+		t.Skip(err)
+	}
 	if err := os.WriteFile(tok.PINFile+".wrong", []byte("0000-geheim"), 0o600); err != nil {
 		t.Fatal(err)
 	}
