@@ -90,7 +90,7 @@ func (c *care) FetchServerStats(ctx context.Context, servers map[hraft.ServerID]
 			} else {
 				at = w.Address
 				stats = &autopilot.ServerStats{LastContact: w.Contact, LastTerm: w.LastTerm, LastIndex: w.Applied}
-				if w.Commit == 0 && w.Contact == Never { // of protocol 1: it says only how far it is
+				if w.old { // it says only how far it is
 					stats.LastContact, stats.LastTerm = 0, term
 				}
 			}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // contacts keeps a forwarding connection to each member that is asked about itself: by the leader all the time,
@@ -33,6 +34,9 @@ func (c *contacts) close() {
 func (c *contacts) to(ctx context.Context, id, configured string) (*link, error) {
 	c.mu.Lock()
 	l := c.links[id]
+	if l != nil {
+		l.used = time.Now()
+	}
 	c.mu.Unlock()
 	if l != nil && !l.dead() {
 		return l, nil
@@ -57,6 +61,7 @@ func (c *contacts) keep(id string, l *link) error {
 	if former := c.links[id]; former != nil {
 		former.retire()
 	}
+	l.used = time.Now()
 	c.links[id] = l
 	return nil
 }
@@ -77,6 +82,21 @@ func (c *contacts) only(ids map[string]bool) {
 	defer c.mu.Unlock()
 	for id, l := range c.links {
 		if !ids[id] {
+			delete(c.links, id)
+			l.retire()
+		}
+	}
+}
+
+// idleAfter is how long a connection stays that nobody asks on: the leader asks all the time, others seldom.
+const idleAfter = 30 * time.Second
+
+// expire ends the connections that nobody has used for a while.
+func (c *contacts) expire(now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for id, l := range c.links {
+		if now.Sub(l.used) > idleAfter {
 			delete(c.links, id)
 			l.retire()
 		}

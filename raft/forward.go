@@ -101,6 +101,8 @@ type link struct {
 	err     error         // why it is dead
 	done    chan struct{} // closed with err set
 
+	used time.Time // by contacts, under its lock
+
 	greet    sync.Once
 	greeted  chan struct{} // closed when the other side has said its protocol
 	protocol uint32        // set before greeted is closed

@@ -436,6 +436,7 @@ func TestMembership(t *testing.T) {
 
 // TestAddressChange: a member that moved is found again under its new address, and keeps its vote.
 func TestAddressChange(t *testing.T) {
+	changesAddress(t)
 	t.Parallel()
 	c := newCluster(t, 3, nil)
 	m := c.follower()

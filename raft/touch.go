@@ -32,6 +32,7 @@ func (n *Node) keepInTouch() {
 			n.seek()
 		}
 		n.saveBook(path)
+		n.peers.expire(time.Now())
 		select {
 		case <-n.ctx.Done():
 			return

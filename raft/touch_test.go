@@ -70,6 +70,7 @@ func (c *cluster) agreed() {
 // TestAllAddressesChange: all stopped, all restarted elsewhere, and the one right hint that two of them have is
 // enough to elect, to commit, and to put the addresses into the configuration.
 func TestAllAddressesChange(t *testing.T) {
+	changesAddress(t)
 	t.Parallel()
 	c := newCluster(t, 3, nil)
 	c.propose(c.members[0], "before")
@@ -120,6 +121,7 @@ func TestAllAddressesChange(t *testing.T) {
 
 // TestMoveWhileOthersRun: one that moves tells the others, whom it finds where they were.
 func TestMoveWhileOthersRun(t *testing.T) {
+	changesAddress(t)
 	t.Parallel()
 	c := newCluster(t, 3, nil)
 	for _, m := range c.members { // leader and followers alike
@@ -135,6 +137,7 @@ func TestMoveWhileOthersRun(t *testing.T) {
 
 // TestSwappedAddresses: two members take each other's address. They do not take each other for the other.
 func TestSwappedAddresses(t *testing.T) {
+	changesAddress(t)
 	t.Parallel()
 	c := newCluster(t, 3, nil)
 	c.propose(c.members[0], "before")

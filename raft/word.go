@@ -37,6 +37,8 @@ type word struct {
 	Member bool `json:"member,omitempty"`
 	// Gone is said by the leader to one who is none.
 	Gone bool `json:"gone,omitempty"`
+
+	old bool // of protocol 1: only Applied was said
 }
 
 func (w word) marshal() ([]byte, error) {
@@ -132,7 +134,7 @@ func (n *Node) askWord(ctx context.Context, m Member) (word, error) {
 		return word{}, err
 	}
 	if len(a.result) == 0 {
-		return word{ID: m.ID, Address: m.Address, Applied: a.index, Last: a.index, Contact: Never}, nil
+		return word{ID: m.ID, Address: m.Address, Applied: a.index, Last: a.index, Contact: Never, old: true}, nil
 	}
 	w, err := parseWord(a.result)
 	if err != nil {

@@ -1,0 +1,6 @@
+//go:build !race
+
+package raft
+
+// raceDetector tells that this test was built with it.
+const raceDetector = false
