@@ -107,7 +107,7 @@ func start(t testing.TB, dir string, edits ...func(*Config)) *running {
 
 func startAnyhow(t testing.TB, dir string, edits ...func(*Config)) *running {
 	t.Helper()
-	c := Config{Member: "m1", Dir: dir, Reserve: MaxLine}
+	c := Config{Member: "m1", Dir: dir, Reserve: MaxLine, Deadline: time.Minute, mostWait: 200 * time.Millisecond} // whatever else the machine is at
 	for _, e := range edits {
 		e(&c)
 	}
@@ -131,10 +131,15 @@ func event(i int) Event {
 	}
 }
 
+// record records n events, a few at a time.
 func record(t testing.TB, l *Log, n int) {
 	t.Helper()
-	for i := range n {
-		if err := l.Record(context.Background(), event(i)); err != nil {
+	for i := 0; i < n; i += 10 {
+		var events []Event
+		for k := i; k < min(i+10, n); k++ {
+			events = append(events, event(k))
+		}
+		if err := l.Record(context.Background(), events...); err != nil {
 			t.Fatal(err)
 		}
 	}

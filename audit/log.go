@@ -49,6 +49,7 @@ type Config struct {
 
 	open     func(path string, flag int) (disk, error) // tests make disks that fail
 	stopTime time.Duration                             // default stopTime
+	mostWait time.Duration                             // default mostWait
 }
 
 const (
@@ -116,6 +117,7 @@ func New(c Config) (*Log, error) {
 	def(&c.Reserve, 8<<20)
 	def(&c.Deadline, 2*time.Second)
 	def(&c.stopTime, stopTime)
+	def(&c.mostWait, mostWait)
 	def(&c.CheckpointRecords, 1000)
 	def(&c.CheckpointEvery, time.Minute)
 	if c.Now == nil {
@@ -297,6 +299,17 @@ func (l *Log) Ready() error {
 		return fmt.Errorf("%w: this member's audit log cannot record decisions: %v", identity.ErrUnavailable, problem)
 	}
 	return nil
+}
+
+// Degraded says which of the sinks that no decision waits for do not take records.
+func (l *Log) Degraded() []string {
+	var out []string
+	for _, o := range l.outputs {
+		if err := o.ready(l.cfg.Deadline); err != nil && !o.Required {
+			out = append(out, "audit: "+err.Error())
+		}
+	}
+	return out
 }
 
 // Run writes until ctx ends, then what is left, and closes the files and the outputs. What hangs is left behind.

@@ -66,6 +66,12 @@ func TestManyCallersShareOneSync(t *testing.T) {
 	l := start(t, dir, func(c *Config) { c.open = d.open })
 	d.hang()
 	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := l.Record(context.Background(), event(1)); err != nil {
+			t.Error(err)
+		}
+	})
+	eventually(t, "one is being written", func() bool { l.mu.Lock(); defer l.mu.Unlock(); return !l.busy.IsZero() && len(l.queue) == 0 })
 	for i := range 100 {
 		wg.Go(func() {
 			if err := l.Record(context.Background(), event(i), event(i+1)); err != nil {
@@ -76,7 +82,7 @@ func TestManyCallersShareOneSync(t *testing.T) {
 	eventually(t, "they wait", func() bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return len(l.queue) >= 99-1
+		return len(l.queue) == 100
 	})
 	before := d.syncs.Load()
 	d.release()

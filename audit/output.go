@@ -152,7 +152,7 @@ func (o *output) run(ctx context.Context) {
 			return
 		case <-t.C:
 		}
-		wait = min(2*wait, mostWait)
+		wait = min(2*wait, o.l.cfg.mostWait)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -149,31 +150,36 @@ func TestRequiredSinkFails(t *testing.T) {
 	wantClean(t, dir, nil)
 }
 
+func (o *output) idle() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.queue) == 0
+}
+
 // TestBestEffortSinkFails: nobody waits for it; what it missed is said.
 func TestBestEffortSinkFails(t *testing.T) {
 	dir, s := privateDir(t), &fakeSink{err: errors.New("no route")}
 	l := start(t, dir, func(c *Config) { c.Outputs = []Output{{Name: "fake", Sink: s}} })
 	big := event(1)
 	big.Reason = strings.Repeat("x", maxReason)
-	for range maxBacklog/maxReason + 100 {
-		if err := l.Record(context.Background(), big); err != nil {
+	for range maxBacklog/maxReason/100 + 2 {
+		if err := l.Record(context.Background(), slices.Repeat([]Event{big}, 100)...); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if err := l.Ready(); err != nil {
 		t.Fatal(err)
 	}
+	if d := l.Degraded(); len(d) != 1 || !strings.Contains(d[0], "no route") {
+		t.Errorf("degraded: %v", d)
+	}
 	s.set(func() { s.err = nil })
-	eventually(t, "it says what the sink missed", func() bool {
-		for _, r := range find(t, dir, LogRecovered) {
-			if r.Details.Get("missed_from") != "" {
-				return true
-			}
-		}
-		return false
-	})
+	eventually(t, "it has caught up", func() bool { return len(l.Degraded()) == 0 && l.outputs[0].idle() })
 	l.stop()
 	wantClean(t, dir, nil)
+	if !slices.ContainsFunc(find(t, dir, LogRecovered), func(r *Record) bool { return r.Details.Get("missed_from") != "" }) {
+		t.Error("the log does not say what the sink missed")
+	}
 }
 
 // collector is a syslog server over TLS.

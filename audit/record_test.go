@@ -3,10 +3,8 @@ package audit
 import (
 	"bytes"
 	"crypto/sha256"
-	"os"
 	"path/filepath"
 	"reflect"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -179,35 +177,4 @@ func FuzzVerify(f *testing.F) {
 			}
 		}
 	})
-}
-
-// TestWriteSeeds keeps the corpus what this format is; it writes only with COUNTERSIGN_SEEDS set.
-func TestWriteSeeds(t *testing.T) {
-	if os.Getenv("COUNTERSIGN_SEEDS") == "" {
-		t.Skip("COUNTERSIGN_SEEDS is not set")
-	}
-	all, _ := signedLog(t)
-	quote := func(b []byte) string { return "[]byte(" + strconv.Quote(string(b)) + ")\n" }
-	write := func(fuzz, name, body string) {
-		dir := filepath.Join("testdata", "fuzz", fuzz)
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, name), []byte("go test fuzz v1\n"+body), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write("FuzzParse", "opened", quote(all[0]))
-	write("FuzzParse", "issued", quote(all[1]))
-	write("FuzzParse", "checkpoint", quote(all[len(all)-1]))
-	write("FuzzVerify", "log", quote(bytes.Join(all[:6], nil)))
-	write("FuzzVerify", "dropped", quote(bytes.Join([][]byte{all[0], all[2], all[1], all[5], {'x', '\n'}, all[6]}, nil)))
-	args := func(s ...string) (out string) {
-		for _, x := range s {
-			out += "string(" + strconv.Quote(x) + ")\n"
-		}
-		return out + "int64(-62135596800)\n"
-	}
-	write("FuzzEncode", "hostile", args("\x1b", "\xff\u202e\"\\", strings.Repeat("\x00", 500), "\xff", "\n"))
-	write("FuzzEncode", "plain", args("issue.jwt", "because", "spiffe://example.org/a", "kind", "kube"))
 }

@@ -12,13 +12,15 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// signedLog is a log of 30 issuances with checkpoints every 10 records, in one file.
+// signedLog is a log of 15 issuances with checkpoints every 5 records, in one file.
 func signedLog(t testing.TB) (all [][]byte, s *testSigner) {
 	t.Helper()
 	dir := privateDir(t)
 	s = newSigner(t, "m1")
-	l := start(t, dir, func(c *Config) { c.Sign, c.CheckpointRecords = s.sign, 10 })
-	record(t, l.Log, 30)
+	l := start(t, dir, func(c *Config) { c.Sign, c.CheckpointRecords = s.sign, 5 })
+	for range 3 {
+		record(t, l.Log, 5)
+	}
 	if err := l.stop(); err != nil {
 		t.Fatal(err)
 	}

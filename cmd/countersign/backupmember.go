@@ -61,13 +61,14 @@ func (m *member) recordBackup(file string, err error) {
 
 // degraded says what of this member's own is not as configured.
 func (m *member) degraded() []string {
+	out := m.audit.Degraded()
 	if m.backups == nil {
-		return nil
+		return out
 	}
 	if err := m.backups.Health(); err != nil {
-		return []string{err.Error()}
+		out = append(out, err.Error())
 	}
-	return nil
+	return out
 }
 
 // confirm reports whether this member has all that was acknowledged anywhere. Without a leader a backup is wanted all the more:
