@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"math"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -31,9 +32,15 @@ func TestVoteNeedsStability(t *testing.T) {
 	if err := first.AddMember(within(t), "m3", slow.address); err != nil {
 		t.Fatal(err)
 	}
+	var wg sync.WaitGroup // at once: one by one they take as many syncs
 	for i := range caughtUp + 20 {
-		c.propose(first, fmt.Sprint(i))
+		wg.Go(func() {
+			if _, err := first.Propose(within(t), []byte(fmt.Sprint(i))); err != nil {
+				t.Error(err)
+			}
+		})
 	}
+	wg.Wait()
 	time.Sleep(2 * stable) // nothing may happen meanwhile: this can only miss a fault, not make one up
 	if m := first.Members(); len(m) != 3 || m[2].Voter {
 		t.Fatalf("a member that is behind has a vote: %+v", m)
