@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -70,14 +71,20 @@ func Build(ctx context.Context, root, dir string, race bool) error {
 	return nil
 }
 
-// FreeAddress picks a loopback address that nobody listens on right now.
+// FreeAddress picks a loopback address that nobody listens on right now. It is below the ports that the kernel gives to
+// connections (from 32768 on): one of those may be taken again before its listener is up, or while that restarts.
 func FreeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("finding a free port: %w", err)
+	var last error
+	for range 100 {
+		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 10000+rand.IntN(22000)))
+		if err != nil {
+			last = err
+			continue
+		}
+		defer l.Close()
+		return l.Addr().String(), nil
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	return "", fmt.Errorf("finding a free port: %w", last)
 }
 
 // StartMember starts the next member: the first bootstraps, the others join by a token of the first live one.
