@@ -48,7 +48,7 @@ of its own, seal.key. docs/SEALING.md says more.`,
 		Use: "rotate", Short: "Make a new data key and seal everything anew under it", Args: cobra.NoArgs,
 		Long: `Make a new data key, give it to every member, and seal everything anew under it. Issuance goes on meanwhile. Every member
 on the list must get the key first: one that is down is waited for, or removed (countersign cluster remove). When the command
-ends early, by --timeout or Ctrl-C, the rotation goes on; run it again to watch it.
+ends early, by --timeout (5m unless it is given) or Ctrl-C, the rotation goes on; run it again to watch it.
 
 Older data keys stay, to open old logs, snapshots and backups.`,
 		Example: "  countersign seal rotate\n  countersign seal rotate --timeout 10m -o json",
