@@ -31,12 +31,21 @@ func (r *faultRun) inject(m *cluster.Member, lasting time.Duration, paths []stri
 	if out, err := os.ReadFile(log); err != nil || !strings.Contains(string(out), "INJECTED") && !strings.Contains(string(out), "DELAYED") {
 		r.t.Errorf("nothing was injected: %v", err)
 	}
+	wait := time.Duration(0)
+	if strings.Contains(lastWords(m, 20), "raft node stops") {
+		wait = 15 * time.Second // it may be handing over
+	}
 	select {
 	case <-m.Done():
 		return true
-	default:
-		return false
+	case <-time.After(wait):
 	}
+	if wait > 0 {
+		m.Signal(syscall.SIGQUIT) // its log has what it hangs on
+		<-m.Done()
+		r.t.Fatalf("%s said that it stops, and did not end: %s", m.Name, lastWords(m, 400))
+	}
+	return false
 }
 
 // lastWords are a member's last warnings and errors.

@@ -4,6 +4,9 @@ package integration
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -121,5 +124,48 @@ func TestFaultKill(t *testing.T) {
 			r.healed()
 			r.restart(m)
 		}
+	})
+}
+
+// TestFaultReplace has a member lose its log, which it says, and puts a new one of the same name into its place.
+func TestFaultReplace(t *testing.T) {
+	f := newFaultWorld(t, 5*time.Minute, "", nil)
+	runFault(t, f, "a follower's log torn in half; the member removed and joined again", func(t *testing.T, r *faultRun) {
+		leader, others := r.roles()
+		m := others[0]
+		r.stands[m.Name].down()
+		m.Kill()
+		change(t, filepath.Join(m.Dir, "data/raft/log.db"), half)
+		if err := r.LaunchMember(m); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-m.Done():
+		case <-time.After(30 * time.Second):
+			t.Fatal("it runs on half a log")
+		}
+		if said, err := os.ReadFile(filepath.Join(m.Dir, "log")); err != nil || m.Code() <= 0 || !strings.Contains(string(said), "log.db") {
+			t.Errorf("exit code %d, %v; it said: %s", m.Code(), err, said[max(0, len(said)-1000):])
+		}
+		if _, err := leader.Admin(r.faultWorld.ctx, bin, "cluster", "remove", m.Name); err != nil {
+			t.Fatal(err)
+		}
+		token, err := leader.Admin(r.faultWorld.ctx, bin, "token", "create", "--server")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(filepath.Join(m.Dir, "data")); err != nil {
+			t.Fatal(err)
+		}
+		join := filepath.Join(m.Dir, "join")
+		writeFile(t, join, []byte(token))
+		change(t, filepath.Join(m.Dir, "server.yaml"), func(yaml []byte) []byte {
+			if strings.Contains(string(yaml), "join_token_file:") {
+				return yaml
+			}
+			return append(yaml, "join_token_file: "+join+"\n"...)
+		})
+		r.healed()
+		r.restart(m)
 	})
 }

@@ -49,6 +49,10 @@ type faultRun struct {
 // impossible, it takes down.
 func runFault(t *testing.T, f *faultWorld, name string, fault func(t *testing.T, r *faultRun)) {
 	t.Run(name, func(t *testing.T) {
+		if f.stuck {
+			t.Skip("the cluster did not recover from an earlier fault")
+		}
+		f.stuck = true
 		f.runs++
 		r := &faultRun{faultWorld: f, t: t, n: f.runs, history: history.NewRecorder(), ledger: history.NewLedger(), issued: map[string]int{}, wrote: map[string]int{}}
 		r.registry.prefix = fmt.Sprintf("run-%d", r.n)
@@ -71,6 +75,7 @@ func runFault(t *testing.T, f *faultWorld, name string, fault func(t *testing.T,
 		broken := healed.Sub(began)
 		r.progress("after the fault")
 		recovery := time.Since(healed)
+		f.stuck = false
 		stop()
 		r.wg.Wait()
 		r.verdict(name, broken, recovery)

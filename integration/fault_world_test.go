@@ -43,6 +43,7 @@ type faultWorld struct {
 	agentUp *stand
 	serials *history.Serials
 	runs    int
+	stuck   bool // what is broken stayed so
 	gaps    *gaps
 }
 
