@@ -22,7 +22,7 @@ const nowhere = "02:00:00:00:00:01"
 
 // NewNet makes the bridge, under a name that this process's other nets do not have; Close removes it and the namespaces.
 func NewNet(number int) (*Net, error) {
-	n := &Net{bridge: fmt.Sprintf("cs%x-%d", os.Getpid()&0xffff, number), nodes: map[string]int{}}
+	n := &Net{bridge: fmt.Sprintf("cs%x-%d", os.Getpid(), number), nodes: map[string]int{}}
 	n.subnet = fmt.Sprintf("10.%d.%d", 128+os.Getpid()%64*2+number/256, number%256)
 	for _, args := range [][]string{
 		{"link", "add", n.bridge, "type", "bridge"},
