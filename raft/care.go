@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	hraft "github.com/hashicorp/raft"
@@ -26,6 +27,8 @@ const (
 type care struct {
 	n     *Node
 	every time.Duration
+
+	started atomic.Bool // the first round is over
 
 	mu    sync.Mutex
 	seen  map[hraft.ServerID]*contact
@@ -71,6 +74,14 @@ func (c *care) NotifyState(*autopilot.State) {}
 // FetchServerStats implements autopilot.ApplicationIntegration: it asks all at once. It takes more time than
 // autopilot gives it (half a round): one hung member must not make the others look bad.
 func (c *care) FetchServerStats(ctx context.Context, servers map[hraft.ServerID]*autopilot.Server) map[hraft.ServerID]*autopilot.ServerStats {
+	if !c.started.Swap(true) {
+		// Autopilot's start waits for this, a second at the most, and complains: so the first round asks nobody.
+		out := map[hraft.ServerID]*autopilot.ServerStats{}
+		for id := range servers {
+			out[id] = &autopilot.ServerStats{LastContact: math.MaxInt64}
+		}
+		return out
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), healthWait)
 	defer cancel()
 	defer context.AfterFunc(c.n.ctx, cancel)()
