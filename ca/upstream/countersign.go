@@ -86,8 +86,16 @@ func (c *Countersign) dial(address string, source *workloadapi.X509Source) (*grp
 		},
 		InsecureSkipVerify: true, // SVIDs have no host names: VerifyPeerCertificate verifies
 		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
-			id, _, err := x509svid.ParseAndVerify(raw, source)
+			id, chains, err := x509svid.ParseAndVerify(raw, source)
 			if err != nil {
+				return err
+			}
+			svid, err := source.GetX509SVID()
+			if err != nil {
+				return err
+			}
+			// Another cluster below could pass for the one above, and give us roots of its own.
+			if err := identity.CheckSameCluster(chains, svid.Certificates); err != nil {
 				return err
 			}
 			if id.TrustDomain() != c.cfg.TrustDomain || identity.RoleOf(id) != identity.RoleMember {
