@@ -55,7 +55,7 @@ type Config struct {
 	// default 2 s.
 	StableFor time.Duration
 	// RemoveDeadAfter is how long a member must have been out of the leader's reach to be removed, so long as
-	// a majority and three voters stay. 0 removes nobody; else at least ten HeartbeatTimeouts.
+	// a majority and three voters stay; a new leader counts anew. 0 removes nobody; else at least ten HeartbeatTimeouts.
 	RemoveDeadAfter time.Duration
 
 	// SnapshotThreshold is how many log entries make a snapshot worth taking; default 8192.

@@ -99,6 +99,39 @@ func TestRecover(t *testing.T) {
 	c.same("0", "alone", "still alone", "three again")
 }
 
+// TestLeftBehind: members that were left behind have no raft connection to the recovered one, until they are added
+// again; also once it is no longer alone, and after a restart.
+func TestLeftBehind(t *testing.T) {
+	t.Parallel()
+	c, m, rest := survivor(t)
+	if err := Recover(RecoverConfig{Dir: m.dir, ID: m.name, Address: m.address}); err != nil {
+		t.Fatal(err)
+	}
+	c.alone(m, "alone")
+	if !m.outcast("anybody") || m.outcast(m.name) || m.outcast("") {
+		t.Error("the only member with a vote takes another for its leader")
+	}
+	c.join("new")
+	c.voting(2)
+	m.Close()
+	c.start(m, false)
+	c.voting(2)
+	for _, o := range rest {
+		if !m.outcast(o.name) {
+			t.Errorf("%s is not refused", o.name)
+		}
+	}
+	if m.outcast("new") || m.outcast("not known yet") {
+		t.Error("a member that may lead is refused")
+	}
+	if err := m.AddMember(within(t), rest[0].name, "127.0.0.1:1"); err != nil {
+		t.Fatal(err)
+	}
+	if m.outcast(rest[0].name) || !m.outcast(rest[1].name) {
+		t.Error("one that was added again is refused, or one that was not is let in")
+	}
+}
+
 // TestRecoverFromSnapshot: also when the log holds nothing but what came after a snapshot, or nothing at all.
 func TestRecoverFromSnapshot(t *testing.T) {
 	t.Parallel()
