@@ -456,3 +456,29 @@ func TestNoSecretIsRecorded(t *testing.T) {
 		}
 	}
 }
+
+// TestFollowingDoesNotKeepTheMember: who looks on is told that it stops.
+func TestFollowingDoesNotKeepTheMember(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Audit = followed{c.Audit} }).start(t)
+	stream, err := w.admin(t).QueryAudit(testContext(t), &adminv1.AuditQuery{Follow: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	w.stop()
+	_, err = stream.Recv()
+	wantCode(t, err, codes.Unavailable, "stopping")
+}
+
+// followed goes on until its reader leaves.
+type followed struct{ Audit }
+
+func (f followed) Query(ctx context.Context, _ audit.Query, yield func([]byte) error) error {
+	if err := yield([]byte("a line")); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return ctx.Err()
+}

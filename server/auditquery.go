@@ -43,7 +43,16 @@ func (s adminService) QueryAudit(req *adminv1.AuditQuery, stream grpc.ServerStre
 		batch, size = &adminv1.AuditRecords{}, 0
 		return err
 	}
-	err := s.cfg.Audit.Query(stream.Context(), q, func(line []byte) error {
+	ctx, cancel := context.WithCancelCause(stream.Context())
+	defer cancel(nil)
+	go func() { // who follows must not keep the member from stopping
+		select {
+		case <-s.stopping:
+			cancel(fmt.Errorf("%w: this member is stopping", identity.ErrUnavailable))
+		case <-ctx.Done():
+		}
+	}()
+	err := s.cfg.Audit.Query(ctx, q, func(line []byte) error {
 		batch.Lines, size = append(batch.Lines, strings.ToValidUTF8(string(line), "\uFFFD")), size+len(line)
 		if req.Follow || size >= auditBatch { // who follows wants to see each at once
 			return flush()
@@ -51,7 +60,7 @@ func (s adminService) QueryAudit(req *adminv1.AuditQuery, stream grpc.ServerStre
 		return nil
 	})
 	if errors.Is(err, context.Canceled) {
-		return err
+		return context.Cause(ctx)
 	}
 	if err != nil {
 		return fmt.Errorf("reading the audit log: %w", err)

@@ -113,6 +113,7 @@ type Server struct {
 	refusals, faults *lineLimit
 	requestPrefix    string // of the IDs of calls, and how many there were
 	requestCount     atomic.Uint64
+	stopping         chan struct{} // closed when the member stops
 	seal             sealTending
 	orphanAfter      time.Duration // see settleTerm
 	backups          chan struct{} // a place for each that is being made
@@ -156,7 +157,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
 	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), seal: newSealTending(), orphanAfter: orphanAfter, backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
-	s.requestPrefix = newID()[:10] + "-"
+	s.requestPrefix, s.stopping = newID()[:10]+"-", make(chan struct{})
 	s.upstreamWake = make(chan struct{}, 1)
 	if s.downstreams, err = newDownstreams(); err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
@@ -258,6 +259,7 @@ func (s *Server) Run(ctx context.Context) error {
 
 // stop ends the streams first, so that agents turn to another member while calls still end well here.
 func (s *Server) stop() {
+	close(s.stopping)
 	s.health.Shutdown()
 	s.hub.endAll(fmt.Errorf("%w: this member is stopping: use another", identity.ErrUnavailable), true)
 	s.downstreams.stop()
