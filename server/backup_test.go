@@ -67,10 +67,11 @@ func TestSaveBackupWithout(t *testing.T) {
 	wantCode(t, err, codes.FailedPrecondition, "makes no backups")
 }
 
-// TestSaveBackupIsBounded: a client that takes nothing is given up, and a third has to wait.
-func TestSaveBackupIsBounded(t *testing.T) {
+// endless is a member whose backups have no end, and which tells how each ended.
+func endless(t *testing.T) (*world, chan error) {
+	t.Helper()
 	ended := make(chan error, 8)
-	w := newWorld(t, func(c *Config) {
+	return newWorld(t, func(c *Config) {
 		c.Backup = func(ctx context.Context, w io.Writer) error {
 			block := make([]byte, 1<<20)
 			for ctx.Err() == nil {
@@ -82,12 +83,17 @@ func TestSaveBackupIsBounded(t *testing.T) {
 			ended <- ctx.Err()
 			return ctx.Err()
 		}
-	})
-	w.srv.backupStall = time.Second
+	}), ended
+}
+
+// Each backup that is being made holds on to a state: a third has to wait, and one whose client goes away ends at once.
+func TestSaveBackupIsBounded(t *testing.T) {
+	w, ended := endless(t)
 	w.start(t)
 	c := w.admin(t)
+	ctx, cancel := context.WithCancel(testContext(t))
 	for range maxBackups {
-		s, err := c.SaveBackup(testContext(t), &adminv1.Empty{})
+		s, err := c.SaveBackup(ctx, &adminv1.Empty{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -97,22 +103,23 @@ func TestSaveBackupIsBounded(t *testing.T) {
 	}
 	_, err := receive(t, c)
 	wantCode(t, err, codes.ResourceExhausted, "wait for one to end")
+	cancel()
 	for range maxBackups {
-		if err := <-ended; !errors.Is(err, errStalled) {
-			t.Errorf("a stalled one ended with %v", err)
+		if err := <-ended; err == nil || errors.Is(err, errStalled) {
+			t.Errorf("without its client it ended with %v", err)
 		}
 	}
-	// A client that goes away ends its backup at once.
-	ctx, cancel := context.WithCancel(testContext(t))
-	s, err := c.SaveBackup(ctx, &adminv1.Empty{})
-	if err != nil {
+}
+
+// A client that lives and takes nothing is given up.
+func TestSaveBackupStalls(t *testing.T) {
+	w, ended := endless(t)
+	w.srv.backupStall = 50 * time.Millisecond
+	w.start(t)
+	if _, err := w.admin(t).SaveBackup(testContext(t), &adminv1.Empty{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Recv(); err != nil {
-		t.Fatal(err)
-	}
-	cancel()
-	if err := <-ended; err == nil {
-		t.Error("it went on without its client")
+	if err := <-ended; !errors.Is(err, errStalled) {
+		t.Errorf("it ended with %v", err)
 	}
 }
