@@ -175,11 +175,20 @@ func TestFloodsAreCounted(t *testing.T) {
 	for i := range floodKeys + 5000 {
 		refused(1, Who{Kind: "guest", Address: fmt.Sprintf("10.%d.%d.9:1", 100+i/256, i%256)})
 	}
+	for range 2 * floodKnown {
+		l.Note("Unavailable", Event{Action: RenewAgent, Outcome: Failed, Who: Who{Kind: "agent", ID: "a"}})
+	}
+	for range floodKnown {
+		l.Note("", Event{Action: RenewAgent, Outcome: Failed, Who: Who{Kind: "operator", UID: "0"}})
+	}
 	if n := len(l.flood.counts); n > floodKeys+10 {
 		t.Fatalf("the table has %d keys", n)
 	}
 	l.stop()
 	wantClean(t, dir, nil)
+	if n := len(find(t, dir, RenewAgent)); n != 2*floodKnown+1 {
+		t.Errorf("%d records of failures", n)
+	}
 	full, counted := map[string]int{}, map[string]uint64{}
 	total, all := 0, uint64(0)
 	for _, r := range find(t, dir, AttestNode) {

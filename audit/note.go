@@ -23,13 +23,13 @@ const (
 )
 
 // Note records an event that nobody waits for: a refusal, or what this member sees happen. It never blocks. kind tells apart why
-// things are refused, such as an error code: it must not be of the caller's making. Refusals that are too many are counted,
-// and so are those that cannot be written.
+// things are refused or fail, such as an error code: it must not be of the caller's making. Refusals and failures that are too
+// many are counted; with an empty kind they never are, but if they cannot be written.
 func (l *Log) Note(kind string, e Event) {
 	if e.Time.IsZero() {
 		e.Time = l.cfg.Now()
 	}
-	if e.Outcome == Refused && !l.flood.full(kind, &e) {
+	if kind != "" && (e.Outcome == Refused || e.Outcome == Failed) && !l.flood.full(kind, &e) {
 		return
 	}
 	if !l.note(e) {
