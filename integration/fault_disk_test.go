@@ -19,6 +19,7 @@ import (
 func (r *faultRun) inject(m *cluster.Member, lasting time.Duration, paths []string, faults ...string) (gaveUp bool) {
 	r.t.Helper()
 	log := filepath.Join(r.Dir, fmt.Sprintf("strace-%d", r.n))
+	before := len(lastWords(m, 1<<20))
 	tracer, err := r.Inject(r.faultWorld.ctx, m.Process, log, paths, faults...)
 	if err != nil {
 		r.t.Skipf("no injection by strace here: %v", err)
@@ -32,7 +33,7 @@ func (r *faultRun) inject(m *cluster.Member, lasting time.Duration, paths []stri
 		r.t.Errorf("nothing was injected: %v", err)
 	}
 	wait := time.Duration(0)
-	if strings.Contains(lastWords(m, 20), "raft node stops") {
+	if strings.Contains(lastWords(m, 1<<20)[before:], "raft node stops") {
 		wait = 15 * time.Second // it may be handing over
 	}
 	select {

@@ -61,6 +61,14 @@ func runFault(t *testing.T, f *faultWorld, name string, fault func(t *testing.T,
 		r.ctx = ctx
 		r.start()
 		r.progress("before the fault")
+		f.eventually("the workload has most of its SVID's life before it", func() error {
+			f.gaps.mu.Lock()
+			defer f.gaps.mu.Unlock()
+			if left := time.Until(f.gaps.until); left < 4*time.Second {
+				return fmt.Errorf("%v are left", left)
+			}
+			return nil
+		})
 		r.mu.Lock()
 		r.gap = 0
 		r.mu.Unlock()
@@ -127,12 +135,13 @@ func (r *faultRun) keepIssuing(m *cluster.Member, conn grpc.ClientConnInterface)
 			if err != nil && (life.Err() != nil || r.ctx.Err() != nil) {
 				continue
 			}
+			if err != nil {
+				r.fail("%s did not issue: %v", m.Name, err)
+				continue
+			}
 			r.mu.Lock()
 			r.issued[m.Name]++
 			r.mu.Unlock()
-			if err != nil {
-				r.fail("%s did not issue: %v", m.Name, err)
-			}
 		}
 	}
 }
@@ -156,6 +165,7 @@ func (r *faultRun) keepFetching() {
 			}
 			if err != nil {
 				r.fail("the agent gave no JWT-SVID: %v", err)
+				continue
 			}
 			r.mu.Lock()
 			r.jwts++
