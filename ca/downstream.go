@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.step.sm/crypto/x509util"
 
 	"countersign.io/countersign/identity"
@@ -22,18 +23,19 @@ const (
 
 // SignDownstream signs the authority of a cluster below ours, directly under the active x509 authority: path length 1
 // and constrained to the URIs of the trust domain. The key must be P-256 or P-384. A TTL of zero is
-// DefaultDownstreamTTL; a longer one than MaxDownstreamTTL, or than the authority has left, is cut short. The chain
+// DefaultDownstreamTTL; a longer one than MaxDownstreamTTL, or than the authority has left, is cut short. The subject has
+// the mark of the downstream identity id, by which members tell what it signs from what they do. The chain
 // leads to the roots, without them. Errors wrap identity.ErrInvalid, ErrPrecondition (there is no room below our own
 // authority) or ErrUnavailable.
-func (c *CA) SignDownstream(pub crypto.PublicKey, ttl time.Duration) (cert []byte, chain [][]byte, err error) {
-	cert, chain, err = c.signDownstream(pub, ttl)
+func (c *CA) SignDownstream(id spiffeid.ID, pub crypto.PublicKey, ttl time.Duration) (cert []byte, chain [][]byte, err error) {
+	cert, chain, err = c.signDownstream(id, pub, ttl)
 	if err != nil {
 		return nil, nil, fmt.Errorf("signing an authority below: %w", err)
 	}
 	return cert, chain, nil
 }
 
-func (c *CA) signDownstream(pub crypto.PublicKey, ttl time.Duration) ([]byte, [][]byte, error) {
+func (c *CA) signDownstream(id spiffeid.ID, pub crypto.PublicKey, ttl time.Duration) ([]byte, [][]byte, error) {
 	if !isEC(pub) {
 		return nil, nil, fmt.Errorf("%w: a key that is not P-256 or P-384", identity.ErrInvalid)
 	}
@@ -68,7 +70,7 @@ func (c *CA) signDownstream(pub crypto.PublicKey, ttl time.Duration) ([]byte, []
 	}
 	shadow := *above.cert
 	shadow.PublicKey = stand.Public()
-	tmpl, err := c.downstreamTemplate(pub, now, ttl, above)
+	tmpl, err := c.downstreamTemplate(id, pub, now, ttl, above)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -87,10 +89,11 @@ func (c *CA) signDownstream(pub crypto.PublicKey, ttl time.Duration) ([]byte, []
 	return cert.Raw, append([][]byte(nil), above.between...), nil
 }
 
-func (c *CA) downstreamTemplate(pub crypto.PublicKey, now time.Time, ttl time.Duration, above *authority) (*x509.Certificate, error) {
+func (c *CA) downstreamTemplate(id spiffeid.ID, pub crypto.PublicKey, now time.Time, ttl time.Duration, above *authority) (*x509.Certificate, error) {
 	td := c.cfg.TrustDomain
 	tmpl := caTemplate(td, td.Name(), later(now.Add(-backdate), above.cert.NotBefore), earlier(now.Add(ttl), above.end))
 	tmpl.MaxPathLen = 1
+	tmpl.Subject.OrganizationalUnit = []string{identity.BelowMark(id)}
 	tmpl.PermittedURIDomains = []string{td.Name()}
 	tmpl.PermittedDNSDomainsCritical = true // Go's name for the criticality of all name constraints
 	var err error

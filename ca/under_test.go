@@ -435,7 +435,7 @@ func TestSignDownstream(t *testing.T) {
 	check := func(roots ...*x509.Certificate) {
 		t.Helper()
 		key := newP256(t)
-		der, chain, err := r.SignDownstream(key.Public(), 0)
+		der, chain, err := r.SignDownstream(workload(), key.Public(), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -477,7 +477,7 @@ func TestSignDownstream(t *testing.T) {
 			t.Error(err)
 		}
 		// But not a second level: there is no room for it.
-		if _, _, err := below.SignDownstream(newP256(t).Public(), 0); err == nil || !errors.Is(err, identity.ErrPrecondition) {
+		if _, _, err := below.SignDownstream(workload(), newP256(t).Public(), 0); err == nil || !errors.Is(err, identity.ErrPrecondition) {
 			t.Errorf("an authority below one below: %v", err)
 		}
 	}
@@ -490,19 +490,19 @@ func TestSignDownstream(t *testing.T) {
 
 	opened := r.vault.count(r.x.ID)
 	for name, pub := range map[string]crypto.PublicKey{"RSA": newRSA(t, 2048).Public(), "P-521": newEC(t, elliptic.P521()).Public(), "none": nil} {
-		_, _, err := r.SignDownstream(pub, 0)
+		_, _, err := r.SignDownstream(workload(), pub, 0)
 		if wantErr(t, err, identity.ErrInvalid); r.vault.count(r.x.ID) != opened {
 			t.Errorf("%s: the authority's key was opened", name)
 		}
 	}
 	for _, ttl := range []time.Duration{-time.Hour, time.Second} {
-		_, _, err := r.SignDownstream(newP256(t).Public(), ttl)
+		_, _, err := r.SignDownstream(workload(), newP256(t).Public(), ttl)
 		wantErr(t, err, identity.ErrInvalid)
 	}
 	if err := r.set(r.x, r.j); err != nil {
 		t.Fatal(err)
 	}
-	der, _, err := r.SignDownstream(newP256(t).Public(), 1<<62)
+	der, _, err := r.SignDownstream(workload(), newP256(t).Public(), 1<<62)
 	if err != nil || parse(t, der).NotAfter.Sub(r.clock.now()) > MaxDownstreamTTL {
 		t.Errorf("a huge TTL: %v", err)
 	}
@@ -510,13 +510,13 @@ func TestSignDownstream(t *testing.T) {
 	if err := r.set(short, r.j); err != nil {
 		t.Fatal(err)
 	}
-	if der, _, err = r.SignDownstream(newP256(t).Public(), 0); err != nil || parse(t, der).NotAfter.After(short.NotAfter) {
+	if der, _, err = r.SignDownstream(workload(), newP256(t).Public(), 0); err != nil || parse(t, der).NotAfter.After(short.NotAfter) {
 		t.Errorf("it outlives its authority: %v", err)
 	}
 	if err := r.set(r.j); err != nil {
 		t.Fatal(err)
 	}
-	_, _, err = r.SignDownstream(newP256(t).Public(), 0)
+	_, _, err = r.SignDownstream(workload(), newP256(t).Public(), 0)
 	wantErr(t, err, identity.ErrUnavailable)
 }
 

@@ -173,7 +173,7 @@ func (s downstreamService) Sign(ctx context.Context, req *downstreamv1.SignReque
 		return nil, err
 	}
 	bundle := s.cfg.State.Bundle() // before the signature: it holds the root of what signs
-	cert, chain, err := s.cfg.CA.SignDownstream(key, ttl)
+	cert, chain, err := s.cfg.CA.SignDownstream(who.id, key, ttl)
 	if err != nil {
 		return nil, err
 	}

@@ -28,17 +28,57 @@ type TLSConfig struct {
 	Certificate func() (*tls.Certificate, error)
 	// Bundle returns the trust domain's current bundle.
 	Bundle func() *identity.Bundle
-	Now    func() time.Time // nil: time.Now
+	// Authorities are the trust domain's as this member knows them; nil: only the certificate tells whose cluster this is.
+	Authorities func() []identity.Authority
+	Now         func() time.Time // nil: time.Now
 }
 
-// verify is ParseAndVerify at the member's own time.
+// verify is ParseAndVerify at the member's own time, for certificates of this very cluster: those below ours, which have the
+// same roots, may sign any name of the trust domain, a member's too.
 func (c TLSConfig) verify(raw [][]byte, roots x509bundle.Source) (spiffeid.ID, error) {
 	now := time.Now
 	if c.Now != nil {
 		now = c.Now
 	}
-	id, _, err := x509svid.ParseAndVerify(raw, roots, x509svid.WithTime(now()))
-	return id, err
+	id, chains, err := x509svid.ParseAndVerify(raw, roots, x509svid.WithTime(now()))
+	if err != nil {
+		return id, err
+	}
+	own, err := c.lineages()
+	if err != nil {
+		return id, err
+	}
+	return id, identity.CheckSameCluster(chains, own...)
+}
+
+// lineages are what members of this cluster may show above their leaves: this one, and those that have yet to take up another
+// authority, or have done so already.
+func (c TLSConfig) lineages() ([][]*x509.Certificate, error) {
+	own, err := c.Certificate()
+	if err != nil {
+		return nil, fmt.Errorf("this member has no certificate: %w", err)
+	}
+	ders := [][][]byte{own.Certificate}
+	if c.Authorities != nil {
+		for _, a := range c.Authorities() {
+			if a.Kind == identity.AuthorityX509 {
+				ders = append(ders, append([][]byte{a.Cert}, a.Chain...))
+			}
+		}
+	}
+	var out [][]*x509.Certificate
+	for _, chain := range ders {
+		var parsed []*x509.Certificate
+		for _, der := range chain {
+			x, err := x509.ParseCertificate(der)
+			if err != nil {
+				return nil, fmt.Errorf("parsing this cluster's own chain: %w", err)
+			}
+			parsed = append(parsed, x)
+		}
+		out = append(out, parsed)
+	}
+	return out, nil
 }
 
 // ServerTLS is for the one TLS port. A client certificate is optional; one that is shown must be an SVID of the

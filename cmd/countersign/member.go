@@ -216,7 +216,7 @@ func (m *member) open(ctx context.Context) error {
 	if m.pods, err = kube.New(kube.Config{Log: m.log, Now: m.hooks.now}); err != nil {
 		return err
 	}
-	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle, Now: m.hooks.now}
+	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle, Authorities: m.store.Authorities, Now: m.hooks.now}
 	m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Downstream: m.isDownstream, Log: m.log})
 	return err
 }
