@@ -271,15 +271,15 @@ func TestStartOnFoldersThatAreNotRight(t *testing.T) {
 		"truncated log": {stopped, func(t *testing.T, p *place) {
 			change(t, p.data("raft/log.db"), func(b []byte) []byte { return b[:bytes.LastIndex(b, []byte("entry-1"))] })
 		}, "", exitFailure, []string{"raft/log.db", "damaged on disk", "join it again"}},
-		"empty log": {stopped, func(t *testing.T, p *place) { change(t, p.data("raft/log.db"), func([]byte) []byte { return nil }) }, "", exitFailure,
-			[]string{"the raft folder was emptied or is an older copy"}},
-		"the log of another folder": {stopped, func(t *testing.T, p *place) { removeAll(t, p.data("raft")) }, "", exitFailure,
-			[]string{"the raft folder was emptied or is an older copy"}},
+		"empty log": {stopped, func(t *testing.T, p *place) { change(t, p.data("raft/log.db"), func([]byte) []byte { return nil }) }, "", exitUsage,
+			[]string{"raft/log.db is missing or empty", "join it again"}},
+		"the log of another folder": {stopped, func(t *testing.T, p *place) { removeAll(t, p.data("raft")) }, "", exitUsage,
+			[]string{"raft/log.db is missing or empty", "join it again"}},
 
 		"truncated key-encryption key": {stopped, func(t *testing.T, p *place) { change(t, p.data("kek"), half) }, "", exitFailure,
 			[]string{"/kek", "32 bytes", "restore it"}},
 		"no key-encryption key": {stopped, func(t *testing.T, p *place) { removeAll(t, p.data("kek")) }, "", exitFailure,
-			[]string{"/keyring", "/kek", "restore that key"}},
+			[]string{"/kek", "no such file"}},
 		"another member's key-encryption key": {stopped, func(t *testing.T, p *place) {
 			other, err := os.ReadFile(filepath.Join(killed, "kek"))
 			if err != nil {
