@@ -63,7 +63,7 @@ func run() error {
 	}
 	core, err := vault.NewCore(&vault.CoreConfig{
 		Physical: storage, DisableMlock: true, Logger: log,
-		LogicalBackends:    map[string]logical.Factory{"pki": pki.Factory, "transit": transit.Factory},
+		LogicalBackends:    map[string]logical.Factory{"pki": pki.Factory, "transit": transitEngine},
 		CredentialBackends: map[string]logical.Factory{"approle": approle.Factory},
 		BuiltinRegistry:    noPlugins{},
 		DefaultLeaseTTL:    time.Hour, MaxLeaseTTL: 24 * time.Hour,
@@ -129,7 +129,21 @@ func (noPlugins) DeprecationStatus(string, consts.PluginType) (consts.Deprecatio
 func completePaths(core *vault.Core) {
 	field := reflect.ValueOf(core).Elem().FieldByName("systemBackend")
 	system := *(**vault.SystemBackend)(unsafe.Pointer(field.UnsafeAddr()))
-	for _, p := range system.Paths {
+	complete(system.Paths)
+}
+
+// transitEngine is transit.Factory, with the same care.
+func transitEngine(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
+	b, err := transit.Backend(ctx, conf)
+	if err != nil {
+		return nil, err
+	}
+	complete(b.Paths)
+	return b, b.Setup(ctx, conf)
+}
+
+func complete(paths []*framework.Path) {
+	for _, p := range paths {
 		_, operation := p.Operations[logical.CreateOperation]
 		_, callback := p.Callbacks[logical.CreateOperation]
 		if p.ExistenceCheck == nil && (operation || callback) {
