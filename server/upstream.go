@@ -120,9 +120,6 @@ func (s *Server) Degraded() []string {
 	if s.cfg.Degraded != nil {
 		out = append(out, s.cfg.Degraded()...)
 	}
-	if s.cfg.Degraded != nil {
-		out = append(out, s.cfg.Degraded()...)
-	}
 	return out
 }
 
