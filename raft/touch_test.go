@@ -179,6 +179,12 @@ func TestOnlyOneself(t *testing.T) {
 			}
 		}
 	}
+	m.learn("m9", word{ID: "m9", Address: "evil:4", Peers: []peerAddress{{"m2", "evil:5"}}})
+	m.book.mu.Lock()
+	if slices.Contains(m.book.entries["m2"], "evil:5") {
+		t.Error("a stranger's hearsay is in the book")
+	}
+	m.book.mu.Unlock()
 	// Lies without end do not push out where it was last found.
 	for i := range 100 {
 		m.learn("m3", word{ID: "m3", Address: c.members[2].address, Peers: []peerAddress{{"m2", fmt.Sprint("evil:", i)}}})

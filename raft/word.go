@@ -165,6 +165,9 @@ func (n *Node) learn(peer string, w word) {
 	if peer != "" && w.ID == peer && members[peer] {
 		n.book.found(peer, w.Address)
 	}
+	if peer != "" && !members[peer] {
+		return // one that was removed, say
+	}
 	for _, p := range w.Peers {
 		if p.ID != peer && members[p.ID] {
 			n.book.heard(p.ID, p.Address)

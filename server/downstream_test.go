@@ -265,6 +265,58 @@ func TestDownstreamSync(t *testing.T) {
 	}
 }
 
+// Keys last no longer after their entry than a token that was signed by them before may.
+func TestKeysBelowEndAfterTheirEntry(t *testing.T) {
+	w := newUpperCluster(t)
+	entry := w.downstreamEntry(t, "/below")
+	b := w.below(t, "/below")
+	b.send(jwtKey(t, "long", 300*24*time.Hour), jwtKey(t, "short", time.Hour))
+	b.until(func(keys map[string]bool) bool { return keys["long"] && keys["short"] })
+	if err := w.state.DeleteEntry(context.Background(), entry.Id); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, b.end(), codes.PermissionDenied)
+	eventually(t, "the long one ends soon", func() bool {
+		w.srv.endKeysBelow(context.Background())
+		for _, k := range w.state.Foreign()[0].JWT {
+			if k.NotAfter.After(time.Now().Add(identity.MaxJWTTL)) {
+				return false
+			}
+		}
+		return len(w.state.Foreign()[0].JWT) == 2
+	})
+	for _, k := range w.state.Foreign()[0].JWT {
+		if k.ID == "short" && k.NotAfter.After(time.Now().Add(time.Hour)) {
+			t.Errorf("%s got more time: %v", k.ID, k.NotAfter)
+		}
+	}
+}
+
+// A template, or an entry for other workloads, does not lead to the ID of a cluster below.
+func TestOnlyDownstreamEntriesGiveTheirIDs(t *testing.T) {
+	w := newUpperCluster(t)
+	w.registerCluster(t)
+	w.createEntry(t, &adminv1.Entry{Selectors: []string{"k8s:ns:shop"}, SpiffeId: "spiffe://example.org/{k8s:ns}/{k8s:sa}"})
+	w.createEntry(t, &adminv1.Entry{Selectors: []string{"k8s:ns:ca"}, SpiffeId: "spiffe://example.org/shop/web"})
+	sel := func(ns string) []identity.Selector {
+		return []identity.Selector{identity.Selector("k8s:ns:" + ns), "k8s:sa:web"}
+	}
+	for _, ns := range []string{"shop", "ca"} {
+		if g, _, err := w.srv.entitled(sel(ns), time.Now()); err != nil || len(g) != 1 || g[0].id.Path() != "/shop/web" {
+			t.Fatalf("%s: %v, %v", ns, g, err)
+		}
+	}
+	w.createEntry(t, &adminv1.Entry{Selectors: []string{"k8s:ns:below"}, SpiffeId: "spiffe://example.org/shop/web", Downstream: true})
+	for _, ns := range []string{"shop", "ca"} {
+		if g, _, err := w.srv.entitled(sel(ns), time.Now()); err == nil || len(g) != 0 {
+			t.Errorf("%s: %v", ns, g)
+		}
+	}
+	if g, _, err := w.srv.entitled(sel("below"), time.Now()); err != nil || len(g) != 1 {
+		t.Errorf("the downstream entry itself: %v, %v", g, err)
+	}
+}
+
 func TestDownstreamSyncEndsWithItsSVID(t *testing.T) {
 	w := newUpperCluster(t)
 	w.downstreamEntry(t, "/below")

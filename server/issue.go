@@ -522,6 +522,12 @@ func (s *Server) fill(e *identity.Entry, sel []identity.Selector) (grant, error)
 	if g.id, err = t.ExpandID(s.cfg.TrustDomain, sel); err != nil {
 		return g, err
 	}
+	// Who has that ID may have a certificate authority signed: no template leads there, and no entry for other workloads.
+	if !e.Downstream && s.cfg.Outside != nil {
+		if d, ok := s.cfg.Outside.Downstream(g.id.String()); ok {
+			return g, fmt.Errorf("%w: %s is the ID of a cluster below (entry %s), which only a downstream entry gives", identity.ErrDenied, g.id, d.ID)
+		}
+	}
 	for _, n := range e.DNSNames {
 		t, err := identity.ParseTemplate(n)
 		if err != nil {

@@ -56,6 +56,7 @@ func (s *Server) RunLeader(ctx context.Context) error {
 func (s *Server) care(ctx context.Context) {
 	for {
 		s.registerMembers(ctx)
+		s.endKeysBelow(ctx)
 		if err := s.raiseLevel(ctx); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn("cannot raise the cluster's level: trying again", "error", err)
 		}
@@ -88,6 +89,37 @@ func (s *Server) registerMembers(ctx context.Context) {
 		}
 		if err := s.forgetMember(ctx, id); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn("cannot take a removed member off the list: trying again", "member", id, "error", err)
+		}
+	}
+}
+
+// endKeysBelow gives the JWT keys of a cluster whose downstream entry is gone no more time than a token has that was signed before:
+// an operator who deletes the entry does not mean to trust it for a year.
+func (s *Server) endKeysBelow(ctx context.Context) {
+	if s.cfg.Outside == nil || s.cfg.Authorities == nil {
+		return
+	}
+	now := s.cfg.Now()
+	end := now.Add(identity.MaxJWTTL).UTC().Truncate(time.Second)
+	for _, f := range s.cfg.Outside.Foreign() {
+		e, ok := s.cfg.Outside.Downstream(f.Source)
+		if f.Source == identity.SourceUpstream || ok && !e.Expired(now) {
+			continue
+		}
+		short := identity.Foreign{Source: f.Source, JWT: slices.Clone(f.JWT)}
+		late := false
+		for i := range short.JWT {
+			if k := &short.JWT[i]; k.NotAfter.After(end) {
+				k.NotAfter, late = end, true
+			}
+		}
+		if !late {
+			continue
+		}
+		if err := s.cfg.Authorities.PutForeign(ctx, short); err == nil {
+			s.cfg.Log.Info("no entry marks a cluster as downstream any longer: its JWT keys leave the bundle soon", "cluster", f.Source, "not_after", end)
+		} else if ctx.Err() == nil {
+			s.cfg.Log.Warn("cannot end the JWT keys of a cluster below: trying again", "cluster", f.Source, "error", err)
 		}
 	}
 }
