@@ -131,9 +131,10 @@ func TestRecorder(t *testing.T) {
 					done := r.Begin(client, Input{Kind: Update, Key: "k", ID: "a", Hint: hint})
 					mu.Lock()
 					rev++
+					mine := rev
 					old, now = now, Output{Result: OK, ID: "a", Revision: rev, Hint: hint}
 					mu.Unlock()
-					done(now0(rev))
+					done(Output{Result: OK, ID: "a", Revision: mine})
 				}
 			})
 		}
@@ -143,8 +144,6 @@ func TestRecorder(t *testing.T) {
 		}
 	}
 }
-
-func now0(rev uint64) Output { return Output{Result: OK, ID: "a", Revision: rev} }
 
 func TestLedger(t *testing.T) {
 	l := NewLedger()
