@@ -29,7 +29,6 @@ type sealWorld struct {
 	*fakeState // for what the seal's loops read besides
 	mu         sync.Mutex
 	terms      []identity.SealTerm
-	rev        uint64
 }
 
 func (f *sealWorld) Terms() []identity.SealTerm {

@@ -59,9 +59,8 @@ func leaks(data []byte, secrets map[string][]byte) []string {
 
 // ear keeps what goes over connections, in both directions.
 type ear struct {
-	mu       sync.Mutex
-	in, out  map[*eared]*bytes.Buffer
-	captured int
+	mu      sync.Mutex
+	in, out map[*eared]*bytes.Buffer
 }
 
 type eared struct {

@@ -490,9 +490,8 @@ func TestRestoreFolder(t *testing.T) {
 	if err := os.Mkdir(c.DataDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	other := filepath.Join(c.DataDir, "something")
 	for _, name := range []string{"something", "member.json", "raft", "audit"} {
-		other = filepath.Join(c.DataDir, name)
+		other := filepath.Join(c.DataDir, name)
 		if err := os.WriteFile(other, []byte("theirs"), 0o600); err != nil {
 			t.Fatal(err)
 		}
