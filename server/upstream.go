@@ -52,6 +52,8 @@ const (
 	upstreamLook       = 15 * time.Second // at the least; changes of the state wake the loop
 	// upstreamKeyLife is how long the JWT keys of the cluster above are good for when it is not heard any longer.
 	upstreamKeyLife = 30 * 24 * time.Hour
+	// hastyMost is how far apart renewals get that age is not the reason for.
+	hastyMost = time.Hour
 	// lastMoment before the active authority's end the next one signs, whoever may not know its root yet.
 	lastMoment = time.Minute
 )
@@ -145,6 +147,7 @@ type upstreamLoop struct {
 	// roots when it begins is trusted by everyone; of the rest it cannot tell for how long they were there.
 	since    map[string]time.Time
 	failures int
+	hasty    int // renewals before half the life was over
 	retryAt  time.Time
 	keys     chan []identity.JWTKey // of the Follow that runs
 	sent     []identity.JWTKey
@@ -275,8 +278,17 @@ func (u *upstreamLoop) step(ctx context.Context) time.Duration {
 		return min(wait, upstreamLook)
 	}
 	u.failures, u.retryAt = 0, time.Time{}
+	if active != nil && now.Before(halfLife(active)) {
+		// Not its age was the reason. An upstream that signs below another root than it vouches for gives that reason at once again.
+		u.hasty++
+		u.retryAt = now.Add(min(upstreamRetryFirst<<min(u.hasty, 12), hastyMost))
+	}
 	u.upstream.setSign(nil, now)
 	return 0
+}
+
+func halfLife(a *identity.Authority) time.Time {
+	return a.NotBefore.Add(a.NotAfter.Sub(a.NotBefore) / 2)
 }
 
 // due reports whether the active authority is to be replaced: at half its life, or at once if it is not the
@@ -291,7 +303,7 @@ func (u *upstreamLoop) due(active *identity.Authority, now time.Time) bool {
 	if vouched != nil && len(vouched.X509) > 0 && !contains(vouched.X509, anchor(active)) {
 		return true
 	}
-	return !now.Before(active.NotBefore.Add(active.NotAfter.Sub(active.NotBefore) / 2))
+	return !now.Before(halfLife(active))
 }
 
 // anchor is the root that an authority's chain ends at.

@@ -359,6 +359,44 @@ func TestNewRootIsOutBeforeItIsUsed(t *testing.T) {
 	}
 }
 
+// contrary signs below one root and vouches for another.
+type contrary struct {
+	*upper
+	other *upper
+}
+
+func (c contrary) Follow(ctx context.Context, _ <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error {
+	tell(&identity.Foreign{X509: [][]byte{c.other.root.Raw}}, nil)
+	<-ctx.Done()
+	return nil
+}
+
+func TestContraryUpstreamIsNotAskedAllTheTime(t *testing.T) {
+	w, u := newUpperWorld(t)
+	w.srv.cfg.Upstream = contrary{u, newUpper(t, nil)}
+	w.start(t)
+	signed := func() int {
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		return u.signed
+	}
+	for range 3 { // each time that it may be asked again
+		before := signed()
+		eventually(t, "it is asked again", func() bool {
+			w.pass(time.Second)
+			return signed() > before
+		})
+	}
+	// After some rounds it is left alone for long, however often the loop looks.
+	before := signed()
+	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		w.srv.wakeUpstream()
+	}
+	if n := signed() - before; n > 2 { // one may have been under way
+		t.Errorf("it was asked %d times at once", n)
+	}
+}
+
 func TestUpstreamGoneDegradesFirst(t *testing.T) {
 	w, u := newUpperWorld(t)
 	w.start(t)
