@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
 
 	downstreamv1 "countersign.io/countersign/api/downstream/v1"
 	memberv1 "countersign.io/countersign/api/member/v1"
@@ -81,6 +82,37 @@ func TestClustersBelowAreNotThisOne(t *testing.T) {
 	if _, err := downstreamv1.NewDownstreamClient(w.dial(t, issued("/beside"))).Sign(testContext(t), &downstreamv1.SignRequest{PublicKey: pub}); err == nil {
 		t.Error("a cluster below got the authority of the one beside it")
 	}
+}
+
+// Below an upstream's root others may sign too, without a mark: they are not given data keys.
+func TestMembersByAnotherAuthorityGetNoKeys(t *testing.T) {
+	w, u := newUpperWorld(t)
+	w.start(t)
+	member := w.certificate(t, "/countersign/member/m1")
+	if _, err := memberv1.NewMemberClient(w.dial(t, member)).Keyring(testContext(t), &memberv1.KeyringRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	a, key, err := ca.NewX509AuthorityUnder(testContext(t), w.td, u, time.Hour, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := ca.New(ca.Config{TrustDomain: w.td, MemberName: "m1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.SealedKey = []byte("x")
+	err = other.SetAuthorities([]identity.Authority{a}, func(identity.Authority) (crypto.Signer, error) {
+		k, err := x509.ParsePKCS8PrivateKey(key)
+		return k.(crypto.Signer), err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if member, err = other.MemberCertificate(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = memberv1.NewMemberClient(w.dial(t, member)).Keyring(testContext(t), &memberv1.KeyringRequest{})
+	wantCode(t, err, codes.PermissionDenied)
 }
 
 // Members tell their own from those below and beside on both ends of a connection.

@@ -45,12 +45,13 @@ func (k kind) String() string {
 // caller is the other end of a connection.
 type caller struct {
 	kind    kind
-	id      spiffeid.ID // of its SVID
-	serial  string      // of its SVID's certificate, in hex
-	expires time.Time   // of its SVID
-	issued  time.Time   // NotBefore of its SVID
-	addr    netip.Addr  // of its TLS connection
-	uid     uint32      // on the Unix socket
+	id      spiffeid.ID          // of its SVID
+	serial  string               // of its SVID's certificate, in hex
+	chain   *[]*x509.Certificate // what it showed, its SVID first
+	expires time.Time            // of its SVID
+	issued  time.Time            // NotBefore of its SVID
+	addr    netip.Addr           // of its TLS connection
+	uid     uint32               // on the Unix socket
 }
 
 // AuthType makes a caller the grpc AuthInfo of its connection.
@@ -82,6 +83,7 @@ func tlsCaller(certs []*x509.Certificate, addr netip.Addr) (caller, error) {
 	if err != nil {
 		return caller{}, err
 	}
+	c.chain = &certs
 	c.serial = certs[0].SerialNumber.Text(16)
 	c.id, c.issued, c.expires = id, certs[0].NotBefore, certs[0].NotAfter
 	switch identity.RoleOf(id) {

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"crypto/subtle"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -127,12 +128,34 @@ func (s *Server) currentMember(ctx context.Context, c caller) (string, error) {
 	if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
 		return "", fmt.Errorf("%w: making sure who is a member: %w", identity.ErrUnavailable, err)
 	}
+	// The roots of an upstream are in the bundle, and whoever else signs below them could sign a member's name.
+	if !s.issuedHere(c) {
+		return "", fmt.Errorf("%w: the certificate of %s was not issued by a member of this cluster", identity.ErrDenied, c.id)
+	}
 	for _, m := range s.cfg.State.Members() {
 		if m.ID == name {
 			return name, nil
 		}
 	}
 	return "", fmt.Errorf("%w: %s is not on the list of members: it was removed, or is not registered yet", identity.ErrDenied, c.id)
+}
+
+// issuedHere reports whether a member's issuer, below an authority of this cluster's own, signed the caller's certificate.
+func (s *Server) issuedHere(c caller) bool {
+	if c.chain == nil || len(*c.chain) < 2 {
+		return false
+	}
+	leaf, issuer, now := (*c.chain)[0], (*c.chain)[1], s.cfg.Now()
+	if !issuer.MaxPathLenZero || issuer.MaxPathLen != 0 || now.After(issuer.NotAfter) || leaf.CheckSignatureFrom(issuer) != nil {
+		return false
+	}
+	return slices.ContainsFunc(s.cfg.State.Authorities(), func(a identity.Authority) bool {
+		if a.Kind != identity.AuthorityX509 {
+			return false
+		}
+		cert, err := x509.ParseCertificate(a.Cert)
+		return err == nil && issuer.CheckSignatureFrom(cert) == nil
+	})
 }
 
 // tendSeal keeps this member's data keys what the cluster's state says, until ctx ends.
