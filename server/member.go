@@ -78,7 +78,9 @@ func (s *Server) admit(ctx context.Context, req *memberv1.JoinRequest) error {
 		return err
 	}
 	spent := false
-	if t, ok := s.cfg.State.JoinToken(hash); !ok || t.Purpose != identity.JoinServer || !t.UsedAt.IsZero() || !s.cfg.Now().Before(t.ExpiresAt) {
+	if t, ok := s.cfg.State.JoinToken(hash); !ok {
+		return errNoToken
+	} else if t.Purpose != identity.JoinServer || !t.UsedAt.IsZero() || !s.cfg.Now().Before(t.ExpiresAt) {
 		if err := use(); err != nil { // which says what is wrong with it
 			return err
 		}
@@ -117,6 +119,9 @@ func (s *Server) admit(ctx context.Context, req *memberv1.JoinRequest) error {
 	}
 	return err
 }
+
+// errNoToken is said without a write: strangers could have as many as they like.
+var errNoToken = fmt.Errorf("%w: no such join token: it was not made here, or it expired long ago; make another one", identity.ErrUnauthenticated)
 
 func joinEvent(req *memberv1.JoinRequest, outcome audit.Outcome) audit.Event {
 	return audit.Event{

@@ -94,7 +94,15 @@ func (s *Server) attestJoin(ctx context.Context, secret string) (_ identity.Agen
 	}
 	now, hash := s.cfg.Now(), node.HashSecret(secret)
 	token, ok := s.cfg.State.JoinToken(hash)
-	if ok && s.cfg.State.Level() >= 2 {
+	if !ok { // this member may not have heard of it yet
+		if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
+			return identity.Agent{}, false, err
+		}
+		if token, ok = s.cfg.State.JoinToken(hash); !ok {
+			return identity.Agent{}, false, errNoToken
+		}
+	}
+	if s.cfg.State.Level() >= 2 {
 		a, err := node.JoinAgent(s.cfg.TrustDomain, token, now)
 		if err != nil {
 			return identity.Agent{}, false, err
@@ -105,7 +113,6 @@ func (s *Server) attestJoin(ctx context.Context, secret string) (_ identity.Agen
 		a, err = s.cfg.Writes.AdmitAgent(ctx, now, hash, a)
 		return a, true, err
 	}
-	// A token that this member has not heard of yet too: what another member has is found by writing.
 	if token, err = s.cfg.Writes.UseJoinToken(ctx, now, hash, identity.JoinAgent); err != nil {
 		return identity.Agent{}, false, err
 	}
