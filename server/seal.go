@@ -53,8 +53,8 @@ type SealKeys interface {
 	// Take takes the key of that number out of another member's keyring (plain) if it is there and has that ID, in place of
 	// what this member has under the number. It must leave plain as it is.
 	Take(ctx context.Context, plain []byte, number uint32, keyID []byte) (taken bool, err error)
-	// Forget drops a key that this member made and the cluster did not take.
-	Forget(ctx context.Context, number uint32) error
+	// Forget drops a key that this member made and the cluster did not take. Another one that has come under its number must stay.
+	Forget(ctx context.Context, number uint32, keyID []byte) error
 	// Activate makes a key the one that seals; that needs not be on disk.
 	Activate(number uint32) error
 }

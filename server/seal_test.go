@@ -229,7 +229,10 @@ func (m *sealMember) Take(_ context.Context, plain []byte, number uint32, keyID 
 	return err == nil, err
 }
 
-func (m *sealMember) Forget(_ context.Context, n uint32) error {
+func (m *sealMember) Forget(_ context.Context, n uint32, keyID []byte) error {
+	if id, ok := m.KeyID(n); !ok || !bytes.Equal(id, keyID) {
+		return nil
+	}
 	return m.save(func(c *seal.Keyring) error { return c.Drop(n) })
 }
 

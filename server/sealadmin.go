@@ -120,7 +120,7 @@ func (s *Server) beginRotation(ctx context.Context) (number uint32, detail strin
 	// The key is on disk here: a crash from now on leaves at worst a key that nobody knows of.
 	err = c.Writes.PutSealTerm(ctx, s.cfg.Now(), number, id)
 	if errors.Is(err, identity.ErrPrecondition) || errors.Is(err, identity.ErrInvalid) {
-		err = errors.Join(err, c.Keys.Forget(ctx, number))
+		err = errors.Join(err, c.Keys.Forget(ctx, number, id))
 	}
 	if err != nil {
 		return 0, "", fmt.Errorf("proposing data key %d: %w", number, err)

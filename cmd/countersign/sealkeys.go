@@ -119,9 +119,13 @@ func (k *sealKeys) Take(ctx context.Context, plain []byte, number uint32, keyID 
 }
 
 // Forget implements server.SealKeys.
-func (k *sealKeys) Forget(ctx context.Context, number uint32) error {
+func (k *sealKeys) Forget(ctx context.Context, number uint32, keyID []byte) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	// The one that the cluster took may have been fetched meanwhile, and others told that it is kept here.
+	if id, ok := k.ring.KeyID(number); ok && !bytes.Equal(id, keyID) {
+		return nil
+	}
 	if err := k.change(ctx, func(c *seal.Keyring) error { return c.Drop(number) }); err != nil {
 		return fmt.Errorf("forgetting data key %d: %w", number, err)
 	}

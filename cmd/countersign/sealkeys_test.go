@@ -83,7 +83,8 @@ func TestSealKeys(t *testing.T) {
 	}
 	// In place of one of its own that the cluster did not take; and never of the active one.
 	c := testKeys(t)
-	if _, _, err := c.Generate(ctx); err != nil {
+	_, made, err := c.Generate(ctx)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Activate(2); err != nil {
@@ -101,10 +102,15 @@ func TestSealKeys(t *testing.T) {
 	if got, _ := c.onDisk(t).KeyID(2); !bytes.Equal(got, id) {
 		t.Error("the other key is still on disk")
 	}
-	if err := c.Forget(ctx, 2); err != nil || len(c.ring.Terms()) != 1 || len(c.onDisk(t).Terms()) != 1 {
+	// It made a key 2 too, which lost: what came in its place is not what it forgets.
+	if err := c.Forget(ctx, 2, made); err != nil || len(c.ring.Terms()) != 2 || len(c.onDisk(t).Terms()) != 2 {
+		t.Errorf("forgetting the one that is gone: %v, %v", c.ring.Terms(), err)
+	}
+	if err := c.Forget(ctx, 2, id); err != nil || len(c.ring.Terms()) != 1 || len(c.onDisk(t).Terms()) != 1 {
 		t.Errorf("forgetting: %v, %v", c.ring.Terms(), err)
 	}
-	if err := c.Forget(ctx, 1); err == nil {
+	only, _ := c.KeyID(1)
+	if err := c.Forget(ctx, 1, only); err == nil {
 		t.Error("forgot the only key")
 	}
 	if _, err := c.Take(ctx, []byte("garbage"), 2, id); err == nil {
