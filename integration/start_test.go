@@ -279,7 +279,7 @@ func TestStartOnFoldersThatAreNotRight(t *testing.T) {
 		"truncated key-encryption key": {stopped, func(t *testing.T, p *place) { change(t, p.data("kek"), half) }, "", exitFailure,
 			[]string{"/kek", "32 bytes", "restore it"}},
 		"no key-encryption key": {stopped, func(t *testing.T, p *place) { removeAll(t, p.data("kek")) }, "", exitFailure,
-			[]string{"/kek", "no such file"}},
+			[]string{"/kek", "no such file", "restore that key"}},
 		"another member's key-encryption key": {stopped, func(t *testing.T, p *place) {
 			other, err := os.ReadFile(filepath.Join(killed, "kek"))
 			if err != nil {

@@ -49,7 +49,7 @@ func (w *workload) connect(ctx context.Context, f func(*workloadapi.Client) erro
 	err = api.FromStatus(f(client))
 	switch {
 	case errors.Is(err, identity.ErrUnavailable):
-		return fmt.Errorf("asking the agent at %s (is it running?): %w", addr, err)
+		return cli.Asking("agent", addr, "", err)
 	case errors.Is(err, identity.ErrDenied):
 		return fmt.Errorf("the agent at %s: %w", addr, err)
 	}

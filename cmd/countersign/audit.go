@@ -22,6 +22,7 @@ import (
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/audit"
+	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/config"
 	"countersign.io/countersign/identity"
 )
@@ -226,7 +227,7 @@ func (a *admin) auditStream(cmd *cobra.Command, q *adminv1.AuditQuery, f func(li
 		return nil
 	}
 	if err = api.FromStatus(err); errors.Is(err, identity.ErrUnavailable) {
-		return fmt.Errorf("asking the member at %s (is it running?): %w", path, err)
+		return cli.Asking("member", path, "countersign server run, or countersign dev", err)
 	}
 	return err
 }

@@ -61,7 +61,7 @@ func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminCl
 		return fmt.Errorf("%w: the member at %s runs a version that cannot do this: upgrade it, or ask one that can (%v)", identity.ErrPrecondition, path, err)
 	}
 	if err = api.FromStatus(err); errors.Is(err, identity.ErrUnavailable) {
-		return fmt.Errorf("asking the member at %s (is it running? countersign server run, or countersign dev): %w", path, err)
+		return cli.Asking("member", path, "countersign server run, or countersign dev", err)
 	}
 	return err
 }

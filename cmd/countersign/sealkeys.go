@@ -151,6 +151,9 @@ func (d *dataDir) openKEKs(ctx context.Context, c *config.Server) (seal.KEK, []s
 	// A key file that is gone must not be made anew: it would not open what is there.
 	o.MustExist = exists && len(c.Seal.OldKeys) == 0
 	kek, err := seal.OpenKEK(ctx, cmp.Or(c.Seal.Key, "file:"+d.file("kek")), o)
+	if exists && errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("%w: seal.key: %w: the keyring needs the key that it was wrapped under: restore that key, or empty the data folder and join again", identity.ErrPrecondition, err)
+	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: seal.key: %w", identity.ErrPrecondition, err)
 	}
