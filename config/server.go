@@ -41,7 +41,7 @@ type Server struct {
 type CA struct {
 	TTL          time.Duration `yaml:"ttl"`           // lifetime of the authorities that the cluster makes for itself
 	JWTAlgorithm string        `yaml:"jwt_algorithm"` // ES256 or RS256
-	// URI of the x509 authority's key in a KMS or HSM that every member can use, such as pkcs11:...; empty: the cluster makes one and keeps it sealed
+	// URI of the x509 authority's key in a KMS or HSM that every member can use, such as pkcs11:..., named on every member; empty: the cluster makes one and keeps it sealed
 	Key      string   `yaml:"key"`
 	Upstream Upstream `yaml:"upstream"`
 }

@@ -53,6 +53,20 @@ func Create(_ context.Context, uri string) (crypto.Signer, error) {
 	return s, nil
 }
 
+// CheckSame refuses a URI that others wrote (theirs) unless it names the key that own does. Only the attributes that say which key
+// it is count: what theirs says of files, a module that would be loaded above all, is neither used nor compared. The error wraps identity.ErrPrecondition.
+func CheckSame(own, theirs string) error {
+	same := own == theirs
+	if a, err := hsm.ParseURI(own); err == nil && !same {
+		b, err := hsm.ParseURI(theirs)
+		same = err == nil && a.SameKey(b)
+	}
+	if !same {
+		return fmt.Errorf("%w: %q is not the key at %q: the URIs must be equal, those of tokens in token, serial, object and id", identity.ErrPrecondition, show(own), show(theirs))
+	}
+	return nil
+}
+
 // OpenOrCreate opens the key, and makes it where there is none and it can be made.
 func OpenOrCreate(ctx context.Context, uri string) (crypto.Signer, error) {
 	s, err := Open(ctx, uri)

@@ -79,3 +79,30 @@ func TestOpenRefuses(t *testing.T) {
 		}
 	}
 }
+
+func TestCheckSame(t *testing.T) {
+	const own = "pkcs11:token=t;object=ca?module-path=/m.so&pin-source=/pin"
+	for _, theirs := range []string{
+		own, "pkcs11:object=ca;token=t?module-path=/tmp/evil.so&pin-source=/etc/shadow", "pkcs11:token=%74;object=ca?module-path=/m.so",
+	} {
+		if err := CheckSame(own, theirs); err != nil {
+			t.Errorf("%s: %v", theirs, err)
+		}
+	}
+	for _, c := range [][2]string{
+		{own, "pkcs11:token=t;object=other?module-path=/m.so"},
+		{own, "pkcs11:token=u;object=ca?module-path=/m.so"},
+		{own, "pkcs11:token=t;object=ca;id=%01?module-path=/m.so"},
+		{own, "pkcs11:serial=t;object=ca?module-path=/m.so"},
+		{own, "pkcs11:token=t;object=ca?module-path=m.so"}, // malformed
+		{own, "awskms:key-id=k;region=r"},
+		{"awskms:key-id=k;region=r", own},
+		{"awskms:key-id=k;region=r", "awskms:key-id=k;region=r;profile=x"},
+		{"cloudkms:projects/p", "cloudkms:projects/q"},
+		{"", own},
+	} {
+		if err := CheckSame(c[0], c[1]); !errors.Is(err, identity.ErrPrecondition) || strings.Contains(err.Error(), "module-path") {
+			t.Errorf("%s, %s: %v", c[0], c[1], err)
+		}
+	}
+}

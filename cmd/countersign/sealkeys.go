@@ -249,17 +249,24 @@ func (m *member) x509Key() func(context.Context) (crypto.Signer, string, error) 
 	}
 }
 
-// openKeyAt opens an authority's key in a KMS or HSM. This member's own ca.key may say better where it is, such as where the
-// PIN is on this machine; the record's word is of the member that made the authority.
+// openKeyAt opens an authority's key in a KMS or HSM by this member's own ca.key. The record is the word of the member that made
+// the authority, so it must not choose what is opened here, least of all the module that is loaded: it names the same key, or nothing is.
 func (m *member) openKeyAt(a identity.Authority) (crypto.Signer, error) {
+	own := m.c.CA.Key
+	if own == "" {
+		return nil, fmt.Errorf("%w: the key of %s authority %s is in a KMS or HSM: set ca.key to what the other members have there (countersign authority list shows where it is), with this machine's module and PIN file", identity.ErrPrecondition, a.Kind, a.ID)
+	}
+	if err := kmskey.CheckSame(own, a.KeyURI); err != nil {
+		return nil, fmt.Errorf("opening the key of %s authority %s: ca.key: %w", a.Kind, a.ID, err)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), kmsTime)
 	defer cancel()
-	if own := m.c.CA.Key; own != "" && own != a.KeyURI {
-		if key, err := kmskey.Open(ctx, own); err == nil {
-			if pub, err := x509.MarshalPKIXPublicKey(key.Public()); err == nil && bytes.Equal(pub, a.PublicKey) {
-				return key, nil
-			}
-		}
+	key, err := kmskey.Open(ctx, own)
+	if err != nil {
+		return nil, fmt.Errorf("opening ca.key: %w", err)
 	}
-	return kmskey.Open(ctx, a.KeyURI)
+	if pub, err := x509.MarshalPKIXPublicKey(key.Public()); err != nil || !bytes.Equal(pub, a.PublicKey) {
+		return nil, fmt.Errorf("%w: the key at ca.key is not the one of %s authority %s: the token has another key of that name", identity.ErrPrecondition, a.Kind, a.ID)
+	}
+	return key, nil
 }

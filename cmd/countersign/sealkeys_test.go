@@ -219,3 +219,21 @@ func TestSealTables(t *testing.T) {
 		t.Errorf("tables: %v", tables)
 	}
 }
+
+// What a record says of where a key is, another member said: it must not make this one load anything.
+func TestOpenKeyAtTrustsOnlyItsOwnFile(t *testing.T) {
+	loaded := "pkcs11:token=t;object=ca?module-path=/tmp/evil.so&pin-source=/tmp/evil-pin"
+	for own, want := range map[string]string{
+		"": "set ca.key",
+		"pkcs11:token=t;object=other?module-path=/none/m.so": "is not the key at",
+		"awskms:key-id=k;region=r":                           "is not the key at",
+		// The same key: opened by our module, which is not there.
+		"pkcs11:token=t;object=ca?module-path=/none/m.so&pin-source=/none/pin": "opening ca.key",
+	} {
+		m := &member{c: &config.Server{CA: config.CA{Key: own}}}
+		_, err := m.openKeyAt(identity.Authority{Kind: identity.AuthorityX509, ID: "a1", KeyURI: loaded})
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "evil") {
+			t.Errorf("ca.key %q: %v; want %q", own, err, want)
+		}
+	}
+}

@@ -8,6 +8,7 @@
 package hsm
 
 import (
+	"bytes"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -148,6 +149,11 @@ func (u *URI) check() error {
 		return errors.New("pin-source is not an absolute path")
 	}
 	return nil
+}
+
+// SameKey reports whether both name one key: by token, serial, object and id. Module, PIN and slot are of one machine.
+func (u URI) SameKey(o URI) bool {
+	return u.Token == o.Token && u.Serial == o.Serial && u.Object == o.Object && bytes.Equal(u.ID, o.ID)
 }
 
 // String is the URI in one form of the many it may have been written in. It holds no secret.
