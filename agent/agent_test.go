@@ -181,6 +181,38 @@ func TestOddRequestDoesNotSpoilItsBatch(t *testing.T) {
 	wg.Wait()
 }
 
+// An agent that is over its limit is not asked to go elsewhere, and must not make many calls of one.
+func TestOverTheLimit(t *testing.T) {
+	c := newCluster(t)
+	c.member("a")
+	c.grant("web", web())
+	a := run(t, c.config())
+	current(t, a.Agent, caller("web"))
+	c.locked(func() { c.issueErr = fmt.Errorf("%w: too many", identity.ErrExhausted) })
+	const n = 20
+	var batch []*issueRequest
+	for i := range n {
+		w, f, _ := a.cache.find(fmt.Sprint("late", i), time.Now(), false)
+		batch = append(batch, &issueRequest{w: w, f: f, key: must(a.cfg.KeyType.makePair())})
+	}
+	a.issueBatch(t.Context(), batch)
+	for _, r := range batch {
+		if <-r.f.done; !errors.Is(r.f.err, identity.ErrUnavailable) {
+			t.Errorf("got %v", r.f.err)
+		}
+	}
+	c.locked(func() {
+		if c.refusals != 1 {
+			t.Errorf("%d calls for one batch", c.refusals)
+		}
+		c.issueErr = nil
+	})
+	if err := a.link.why(); err != nil {
+		t.Errorf("the member was given up: %v", err)
+	}
+	current(t, a.Agent, caller("web"))
+}
+
 func TestOversizeEvidenceStaysHere(t *testing.T) {
 	c := newCluster(t)
 	c.member("a")

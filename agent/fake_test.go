@@ -140,6 +140,7 @@ type cluster struct {
 	badOwn    func(*nodev1.AgentSVID, crypto.PublicKey)
 	badJWT    func(*workloadv1.JWTSVID)
 	issueErr  error
+	refusals  int // calls that were answered with it
 }
 
 func newCluster(t testing.TB) *cluster {
@@ -459,6 +460,7 @@ func (m *member) IssueX509(ctx context.Context, req *workloadv1.IssueX509Request
 	m.c.mu.Lock()
 	defer m.c.mu.Unlock()
 	if m.c.issueErr != nil {
+		m.c.refusals++
 		return nil, api.ToStatus(m.c.issueErr)
 	}
 	if len(req.Requests) == 0 || len(req.Requests) > identity.MaxBatch {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -134,7 +135,7 @@ func (a *Agent) issueBatch(ctx context.Context, batch []*issueRequest) {
 		for i, r := range batch {
 			a.finish(r, &results[i], nil)
 		}
-	case len(batch) > 1 && a.link.why() == nil && ctx.Err() == nil:
+	case len(batch) > 1 && a.link.why() == nil && ctx.Err() == nil && !errors.Is(err, identity.ErrExhausted):
 		// A member is there and did not take the batch: one odd request in it must not be the others' loss.
 		a.log.Warn("a batch was not served: asking one by one", "requests", len(batch), "error", err)
 		for _, r := range batch {

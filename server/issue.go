@@ -26,7 +26,7 @@ import (
 //
 //	1  can this member decide and sign?              Ready
 //	2  who asks?                                     the rule table (rules.go): an agent with a live record, or a guest
-//	3  is the request within bounds?                 checkBatch, checkAudience
+//	3  is the request within bounds?                 checkBatch, checkAudience, limits.issue
 //	4  what is proven?                               prove: the token is verified, its node is the agent's
 //	5  which identities is that?                     entitled: entries, or the kube cluster's default
 //	6  can each be signed as it stands?              ca.PrepareX509, ca.PrepareJWT: no key has been touched so far
@@ -58,6 +58,9 @@ func (s workloadService) IssueX509(ctx context.Context, req *workloadv1.IssueX50
 	}
 	who := callOf(ctx)
 	if err := checkBatch(len(req.Requests), who); err != nil {
+		return nil, err
+	}
+	if err := s.limits.issue(who, len(req.Requests)); err != nil {
 		return nil, err
 	}
 	resp := &workloadv1.IssueX509Response{Revision: s.cfg.State.Revision()}
@@ -97,7 +100,7 @@ func (s *Server) issueBatch(ctx context.Context, who call, reqs []*workloadv1.X5
 		})
 	}
 	g.Wait()
-	s.recordBatch(recordCtx, walks)
+	s.recordBatch(recordCtx, who, walks)
 	for _, w := range walks {
 		g.Go(func() error {
 			s.signX509(recordCtx, w)
@@ -200,14 +203,19 @@ func (s *Server) prepareX509(ctx context.Context, who call, req *workloadv1.X509
 }
 
 // recordBatch records all that is about to be signed, at once. What cannot be recorded is not signed.
-func (s *Server) recordBatch(ctx context.Context, walks []*walk) {
+func (s *Server) recordBatch(ctx context.Context, who call, walks []*walk) {
 	var events []audit.Event
+	more := 0 // than one for each request, which were counted
 	for _, w := range walks {
 		if w.res.Error == nil {
 			events = append(events, w.events...)
+			more += len(w.events) - 1
 		}
 	}
-	err := s.cfg.Audit.Record(ctx, events...)
+	err := s.limits.issue(who, more)
+	if err == nil {
+		err = s.cfg.Audit.Record(ctx, events...)
+	}
 	if err == nil {
 		return
 	}
@@ -260,6 +268,9 @@ func (s workloadService) IssueJWT(ctx context.Context, req *workloadv1.IssueJWTR
 	if err := checkAudience(req.Audience); err != nil {
 		return nil, err
 	}
+	if err := s.limits.issue(who, 1); err != nil {
+		return nil, err
+	}
 	resp := &workloadv1.IssueJWTResponse{Revision: s.cfg.State.Revision()}
 	sel, err := s.prove(ctx, who, req.Evidence)
 	if err != nil {
@@ -287,6 +298,9 @@ func (s workloadService) IssueJWT(ctx context.Context, req *workloadv1.IssueJWTR
 		e.Subjects, e.Workload, e.Entry, e.EntryRevision, e.Revision = []string{g.id.String()}, workload, g.entry.ID, g.entry.Revision, resp.Revision
 		e.Audience, e.NotAfter, e.Details = req.Audience, prepared[i].ExpiresAt(), audit.Details{{Key: "kid", Value: prepared[i].KeyID()}}
 		events[i] = e
+	}
+	if err := s.limits.issue(who, len(grants)-1); err != nil {
+		return nil, err
 	}
 	if err := s.cfg.Audit.Record(ctx, events...); err != nil {
 		return nil, err

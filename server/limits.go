@@ -3,6 +3,7 @@ package server
 import (
 	"fmt"
 	"net/netip"
+	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/time/rate"
@@ -10,7 +11,7 @@ import (
 	"countersign.io/countersign/identity"
 )
 
-// Limits bound what callers that have proved nothing may cost. Zero values mean the defaults.
+// Limits bound what callers that have proved nothing may cost, and an agent that somebody took over. Zero values mean the defaults.
 type Limits struct {
 	// GuestRate and GuestBurst are the calls per second of one address (one /64 for IPv6); 0: 20 and 100.
 	GuestRate  float64
@@ -18,31 +19,64 @@ type Limits struct {
 	// TotalRate and TotalBurst are those of all addresses together; 0: 1000 and 2000.
 	TotalRate  float64
 	TotalBurst int
+	// AgentRate and AgentBurst are the SVIDs per second that one agent is given, each with a record in the audit log; 0: 4000 and
+	// 20,000, more than any node can need.
+	AgentRate  float64
+	AgentBurst int
 }
 
 // trackedAddresses is how many addresses have a limiter of their own. Who has more addresses than that meets the
 // total.
 const trackedAddresses = 16384
 
+// trackedAgents is how many agents have a limiter of their own. One that is forgotten has been idle for longer than the others.
+const trackedAgents = 16384
+
 type limits struct {
 	cfg    Limits
 	total  *rate.Limiter
 	byAddr *lru.Cache[netip.Addr, *rate.Limiter]
+
+	byAgent *lru.Cache[string, *rate.Limiter]
 }
 
 func newLimits(cfg Limits) (*limits, error) {
-	if cfg.GuestRate < 0 || cfg.GuestBurst < 0 || cfg.TotalRate < 0 || cfg.TotalBurst < 0 {
-		return nil, fmt.Errorf("%w: negative limits for callers without a certificate", identity.ErrInvalid)
+	if cfg.GuestRate < 0 || cfg.GuestBurst < 0 || cfg.TotalRate < 0 || cfg.TotalBurst < 0 || cfg.AgentRate < 0 || cfg.AgentBurst < 0 {
+		return nil, fmt.Errorf("%w: negative limits for callers", identity.ErrInvalid)
 	}
 	orDefault(&cfg.GuestRate, 20)
 	orDefault(&cfg.GuestBurst, 100)
 	orDefault(&cfg.TotalRate, 1000)
 	orDefault(&cfg.TotalBurst, 2000)
+	orDefault(&cfg.AgentRate, 4000)
+	orDefault(&cfg.AgentBurst, 20000)
 	byAddr, err := lru.New[netip.Addr, *rate.Limiter](trackedAddresses)
 	if err != nil {
 		return nil, err
 	}
-	return &limits{cfg: cfg, total: rate.NewLimiter(rate.Limit(cfg.TotalRate), cfg.TotalBurst), byAddr: byAddr}, nil
+	byAgent, err := lru.New[string, *rate.Limiter](trackedAgents)
+	if err != nil {
+		return nil, err
+	}
+	return &limits{cfg: cfg, total: rate.NewLimiter(rate.Limit(cfg.TotalRate), cfg.TotalBurst), byAddr: byAddr, byAgent: byAgent}, nil
+}
+
+// issue counts n SVIDs that an agent asks for. Guests are counted by the call.
+func (l *limits) issue(who call, n int) error {
+	if who.agent == nil || n <= 0 {
+		return nil
+	}
+	own, ok := l.byAgent.Get(who.agent.ID)
+	if !ok {
+		own = rate.NewLimiter(rate.Limit(l.cfg.AgentRate), l.cfg.AgentBurst)
+		if prev, ok, _ := l.byAgent.PeekOrAdd(who.agent.ID, own); ok {
+			own = prev
+		}
+	}
+	if !own.AllowN(time.Now(), n) {
+		return fmt.Errorf("%w: agent %s asks for too many SVIDs: at the most %v a second, %d at once; try again", identity.ErrExhausted, who.agent.ID, l.cfg.AgentRate, l.cfg.AgentBurst)
+	}
+	return nil
 }
 
 func (l *limits) allow(addr netip.Addr) error {

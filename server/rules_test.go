@@ -15,6 +15,9 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	adminv1 "countersign.io/countersign/api/admin/v1"
+	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/audit"
 	"countersign.io/countersign/identity"
 )
 
@@ -186,6 +189,39 @@ func TestGuestsAreRateLimited(t *testing.T) {
 	wantCode(t, try(t, conn, rpc{"/countersign.node.v1.Node/Attest", true}), codes.ResourceExhausted)
 	// Agents are not strangers, even from the same address.
 	wantCode(t, try(t, w.dial(t, cert), r), codes.InvalidArgument, "no requests")
+}
+
+// Each SVID is a record in the audit log: one agent must not fill it.
+func TestAgentsAreRateLimited(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Limits = Limits{AgentRate: 0.001, AgentBurst: 8} }).start(t)
+	_, greedy := w.agent(t, "a1", "")
+	_, other := w.agent(t, "a2", "")
+	for i := range 3 {
+		w.createEntry(t, &adminv1.Entry{Selectors: []string{"agent:kind:join_token", "unix:uid:9"}, SpiffeId: fmt.Sprintf("spiffe://example.org/%d", i)})
+	}
+	ev := &workloadv1.Evidence{Selectors: []string{"unix:uid:9"}}
+	conn := w.dial(t, greedy)
+	if r := w.issueOne(t, conn, ev); r.Error != nil || len(r.Svids) != 3 {
+		t.Fatalf("result %v", r)
+	}
+	if r := w.issueOne(t, conn, ev); r.Error != nil {
+		t.Fatalf("result %v", r)
+	}
+	// Two are left: the request is within them, its three identities are not.
+	if r := w.issueOne(t, conn, ev); r.Error == nil || codes.Code(r.Error.Code) != codes.ResourceExhausted || !strings.Contains(r.Error.Message, "try again") {
+		t.Fatalf("result %v", r)
+	}
+	client := workloadv1.NewWorkloadClient(conn)
+	_, err := client.IssueJWT(testContext(t), &workloadv1.IssueJWTRequest{Evidence: ev, Audience: []string{"a"}})
+	wantCode(t, err, codes.ResourceExhausted)
+	_, err = client.IssueX509(testContext(t), &workloadv1.IssueX509Request{Requests: make([]*workloadv1.X509Request, 2)})
+	wantCode(t, err, codes.ResourceExhausted, "/a1 ")
+	if x, j := len(w.audit.find(audit.IssueX509, audit.OK)), len(w.audit.find(audit.IssueJWT, audit.OK)); x != 6 || j != 0 {
+		t.Errorf("%d X.509-SVIDs and %d JWT-SVIDs are on record, want 6 and none", x, j)
+	}
+	if r := w.issueOne(t, w.dial(t, other), ev); r.Error != nil {
+		t.Errorf("another agent: %v", r.Error)
+	}
 }
 
 func TestLimitsTotal(t *testing.T) {

@@ -140,12 +140,8 @@ func (s *stage) pods(n int) ([]string, error) {
 	return out, nil
 }
 
-// callers are n connections to one member as the agent of node-1, each its own.
+// callers are n connections to one member as agents of node-1, each its own: what one agent may ask for is limited.
 func (s *stage) callers(ctx context.Context, member, n int) ([]workloadv1.WorkloadClient, func(), error) {
-	cl, err := s.c.NewClient(ctx, kubeCluster+"/node-1")
-	if err != nil {
-		return nil, nil, err
-	}
 	var conns []*grpc.ClientConn
 	stop := func() {
 		for _, c := range conns {
@@ -154,6 +150,11 @@ func (s *stage) callers(ctx context.Context, member, n int) ([]workloadv1.Worklo
 	}
 	var out []workloadv1.WorkloadClient
 	for range n {
+		cl, err := s.c.NewClient(ctx, kubeCluster+"/node-1")
+		if err != nil {
+			stop()
+			return nil, nil, err
+		}
 		conn, err := cl.Dial(s.c.Members[member].Address)
 		if err != nil {
 			stop()
