@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -331,7 +332,17 @@ func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func (s *files) freeReserve() { os.Remove(filepath.Join(s.dir, reserveName)) }
 
-// expired are the files that retention takes away: the oldest, never the current one. upTo is the last record in them.
+// fileSystem is the size of the one that holds dir; 0 where it says none.
+func fileSystem(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, err
+	}
+	return int64(min(st.Blocks, math.MaxInt64/uint64(max(st.Frsize, 1)))) * int64(st.Frsize), nil
+}
+
+// expired are the files that retention takes away: the oldest, never the current one, and for their size (0: no bound) not the one before it
+// either. upTo is the last record in them.
 func (s *files) expired(now time.Time, keep time.Duration, keepBytes int64) (names []string, upTo uint64) {
 	all, err := listFiles(s.dir)
 	if err != nil {
@@ -351,7 +362,7 @@ func (s *files) expired(now time.Time, keep time.Duration, keepBytes int64) (nam
 		total += info.Size()
 	}
 	for i, info := range infos {
-		if now.Sub(info.ModTime()) <= keep && (keepBytes == 0 || total <= keepBytes) {
+		if now.Sub(info.ModTime()) <= keep && (keepBytes == 0 || total <= keepBytes || i == len(infos)-1) {
 			break
 		}
 		total -= info.Size()

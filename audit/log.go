@@ -31,7 +31,7 @@ type Config struct {
 	Dir       string
 	MaxSize   int64         // bytes of one file; default 64 MiB
 	Keep      time.Duration // how long a full file is kept; default 90 days
-	KeepBytes int64         // how much all files may have; 0: no bound
+	KeepBytes int64         // how much all files may have; 0: 80 % of the file system that holds Dir
 	Reserve   int64         // bytes held back on the disk, to tell what happened when it is full; default 8 MiB
 
 	Outputs []Output
@@ -48,6 +48,7 @@ type Config struct {
 	Log *slog.Logger     // default: none
 
 	open     func(path string, flag int) (disk, error) // tests make disks that fail
+	space    func(dir string) (bytes int64, err error) // the size of the file system; default fileSystem
 	stopTime time.Duration                             // default stopTime
 	mostWait time.Duration                             // default mostWait
 }
@@ -57,6 +58,9 @@ const (
 	maxBytes = 8 << 20 // of their records
 	maxGroup = 1 << 20 // bytes that are written and synced at once
 	stopTime = 5 * time.Second
+	// diskShare is how much of the file system the files may have, in percent, unless told otherwise: the oldest go before it is full,
+	// for then nothing can be decided any more.
+	diskShare = 80
 )
 
 // Log records events. It is safe for concurrent use.
@@ -120,6 +124,9 @@ func New(c Config) (*Log, error) {
 	def(&c.mostWait, mostWait)
 	def(&c.CheckpointRecords, 1000)
 	def(&c.CheckpointEvery, time.Minute)
+	if c.space == nil {
+		c.space = fileSystem
+	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -149,6 +156,14 @@ func New(c Config) (*Log, error) {
 			return nil, fmt.Errorf("opening the audit log: %w", err)
 		}
 		l.head = l.found.head
+		if l.cfg.KeepBytes == 0 {
+			size, err := c.space(c.Dir)
+			if err != nil {
+				l.files.close()
+				return nil, fmt.Errorf("opening the audit log: how large its file system is: %w", err)
+			}
+			l.cfg.KeepBytes = size / 100 * diskShare
+		}
 	}
 	for _, o := range c.Outputs {
 		l.outputs = append(l.outputs, newOutput(l, o))

@@ -158,6 +158,42 @@ func TestRetention(t *testing.T) {
 	}
 }
 
+// TestRetentionKeepsRoomOnTheDisk: without a bound in bytes, the oldest files go before the file system is full.
+func TestRetentionKeepsRoomOnTheDisk(t *testing.T) {
+	for name, c := range map[string]struct {
+		size int64
+		want func(files []uint64) bool
+	}{
+		"a small disk":   {5 * MaxLine, func(files []uint64) bool { return len(files) > 2 && len(files) <= 4 && files[0] > 1 }},
+		"a tiny one":     {100, func(files []uint64) bool { return len(files) == 2 }}, // the current one and the one before
+		"a large one":    {1 << 40, func(files []uint64) bool { return len(files) > 4 && files[0] == 1 }},
+		"one of no size": {0, func(files []uint64) bool { return len(files) > 4 && files[0] == 1 }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := privateDir(t)
+			l := start(t, dir, func(conf *Config) {
+				conf.MaxSize, conf.space = MaxLine, func(string) (int64, error) { return c.size, nil }
+			})
+			for range 10 {
+				record(t, l.Log, 120)
+			}
+			eventually(t, "what is beyond it goes", func() bool {
+				files, err := listFiles(dir)
+				return err == nil && c.want(files)
+			})
+			l.stop()
+			wantClean(t, dir, nil)
+		})
+	}
+	broken := Config{Member: "m1", Dir: privateDir(t), space: func(string) (int64, error) { return 0, os.ErrInvalid }}
+	if _, err := New(broken); !errors.Is(err, os.ErrInvalid) {
+		t.Errorf("a file system that does not answer: %v", err)
+	}
+	if size, err := fileSystem(t.TempDir()); err != nil || size <= 0 {
+		t.Errorf("the file system of the tests has %d bytes, %v", size, err)
+	}
+}
+
 func TestFloodsAreCounted(t *testing.T) {
 	dir := privateDir(t)
 	l := start(t, dir)

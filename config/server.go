@@ -129,7 +129,7 @@ type AuditFile struct {
 	Dir       string        `yaml:"dir"`        // default: audit in data_dir
 	MaxSize   int64         `yaml:"max_size"`   // bytes of one file
 	Keep      time.Duration `yaml:"keep"`       // how long a full file is kept
-	KeepBytes int64         `yaml:"keep_bytes"` // how much all files may have; the oldest go first. 0: no bound
+	KeepBytes int64         `yaml:"keep_bytes"` // how much all files may have; the oldest go first. 0: at most 80 % of the file system that holds dir, as it is at the start
 	Reserve   int64         `yaml:"reserve"`    // bytes held back on the disk, to tell what happened when it is full
 	Off       bool          `yaml:"off"`        // no files: another sink must be set
 }
