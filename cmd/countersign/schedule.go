@@ -33,8 +33,12 @@ type schedule struct {
 	now    func() time.Time
 	sleep  func(context.Context, time.Duration) bool // reports whether ctx lasted
 	jitter func(most time.Duration) time.Duration
+	create func(path string) (newBackup, error)
+	limit  time.Duration // of one backup
+	grace  time.Duration // after that, until what is not done is said to hang
 
 	mu     sync.Mutex
+	since  time.Time // when the one was begun that is being made, or hangs; zero: none
 	fault  error     // of the last try
 	newest time.Time // complete one; zero: none
 }
@@ -43,12 +47,16 @@ const (
 	backupTimeFormat = "20060102T150405Z"
 	backupSuffix     = ".backup"
 	retryBackup      = time.Minute
+	// A backup holds on to the state as it was at its beginning, and the state's file grows meanwhile.
+	leastLimit, mostLimit = 5 * time.Minute, time.Hour
+	hangGrace             = 5 * time.Second
 )
 
 func newSchedule(dir, member string, every time.Duration, keep int, save func(context.Context, io.Writer) error, told func(string, error), log *slog.Logger) *schedule {
 	return &schedule{
 		dir: dir, member: member, every: every, keep: keep, save: save, told: told, log: log,
 		now: time.Now, sleep: sleepFor, jitter: func(most time.Duration) time.Duration { return rand.N(most + 1) },
+		create: createBackup, limit: max(min(every, mostLimit), leastLimit), grace: hangGrace,
 	}
 }
 
@@ -68,7 +76,7 @@ func (s *schedule) Run(ctx context.Context) error {
 	wait := s.first()
 	for failures := 0; s.sleep(ctx, wait); {
 		at := s.now()
-		err := s.once(ctx, at)
+		err := s.try(ctx, at)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -109,7 +117,10 @@ func (s *schedule) Health() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.fault == nil {
-		return nil
+		if s.since.IsZero() || s.now().Sub(s.since) < s.limit/4 {
+			return nil
+		}
+		return fmt.Errorf("the scheduled backup is slow: running since %s, it will be given up after %v", s.since.UTC().Format(time.RFC3339), s.limit)
 	}
 	newest := "there is none"
 	if !s.newest.IsZero() {
@@ -118,8 +129,66 @@ func (s *schedule) Health() error {
 	return fmt.Errorf("the last scheduled backup failed (%s): %w", newest, s.fault)
 }
 
-// once makes one backup and then removes what is too many. After an error all that was there is there still.
-func (s *schedule) once(ctx context.Context, at time.Time) error {
+// try makes one backup, and gives up after limit. A file system can hang for ever, and no context ends that: so what it does is
+// done beside, and gets from here what it writes. When time is up the state is let go of, whatever the file does.
+func (s *schedule) try(ctx context.Context, at time.Time) error {
+	s.mu.Lock()
+	hangs := s.since
+	if hangs.IsZero() {
+		s.since = at
+	}
+	s.mu.Unlock()
+	if !hangs.IsZero() {
+		return fmt.Errorf("%w: the one that runs since %s hangs: look at the file system of %s", identity.ErrUnavailable, hangs.UTC().Format(time.RFC3339), s.dir)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, s.limit, fmt.Errorf("%w: it was not done after %v: is the file system of %s slow?", identity.ErrUnavailable, s.limit, s.dir))
+	defer cancel()
+	r, w := io.Pipe()
+	stop := context.AfterFunc(ctx, func() { r.CloseWithError(context.Cause(ctx)) })
+	defer stop()
+	open, done := make(chan struct{}), make(chan error, 1)
+	go func() {
+		err := s.once(ctx, at, open, r)
+		s.mu.Lock()
+		s.since = time.Time{}
+		s.mu.Unlock()
+		done <- err
+	}()
+	select {
+	case <-open:
+		w.CloseWithError(s.save(ctx, w)) // nil: it is whole
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	t := time.NewTimer(s.grace)
+	defer t.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-t.C:
+		return fmt.Errorf("%w, and it hangs", context.Cause(ctx))
+	}
+}
+
+// newBackup is a file that has its name once it is whole.
+type newBackup interface {
+	io.Writer
+	Commit() error
+	Abort()
+}
+
+func createBackup(path string) (newBackup, error) { return backup.Create(path, false) }
+
+// once writes what content gives into one backup and then removes what is too many; open is closed when it wants that. After an error all that
+// was there is there still.
+func (s *schedule) once(ctx context.Context, at time.Time, open chan<- struct{}, content *io.PipeReader) (err error) {
+	defer func() { content.CloseWithError(err) }()
 	if err := durable.PrivateDir(s.dir); err != nil {
 		return fmt.Errorf("backup.dir: %w", err)
 	}
@@ -127,7 +196,7 @@ func (s *schedule) once(ctx context.Context, at time.Time) error {
 		return err
 	}
 	path := filepath.Join(s.dir, s.name(at))
-	f, err := backup.Create(path, false)
+	f, err := s.create(path)
 	if errors.Is(err, identity.ErrExists) {
 		return nil // within one second of another: it was made
 	}
@@ -135,7 +204,11 @@ func (s *schedule) once(ctx context.Context, at time.Time) error {
 		return err
 	}
 	defer f.Abort()
-	if err := s.save(ctx, f); err != nil {
+	close(open)
+	if _, err := io.Copy(f, content); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		return fmt.Errorf("writing %s: %w", path, err)
 	}
 	if err := f.Commit(); err != nil {

@@ -205,11 +205,67 @@ func TestScheduleClockStepsBack(t *testing.T) {
 	}
 	s.clock = s.clock.Add(-24 * time.Hour)
 	made := s.name(s.clock)
-	if err := s.once(context.Background(), s.clock); err != nil {
+	if err := s.try(context.Background(), s.clock); err != nil {
 		t.Fatal(err)
 	}
 	if got := s.names(t); len(got) != 3 || !slices.Contains(got, made) {
 		t.Errorf("%v: want %s among them", got, made)
+	}
+}
+
+// hungFile takes nothing until it is let go.
+type hungFile struct {
+	newBackup
+	let     chan struct{}
+	aborted chan struct{}
+}
+
+func (f hungFile) Write(p []byte) (int, error) { <-f.let; return len(p), nil }
+func (f hungFile) Abort()                      { f.newBackup.Abort(); close(f.aborted) }
+
+// A file system that hangs keeps no state from being let go of, is said, and no second backup is begun meanwhile.
+func TestScheduleGivesUp(t *testing.T) {
+	s := newScheduled(t, 0)
+	s.limit, s.grace = 50*time.Millisecond, 10*time.Millisecond
+	hung := hungFile{let: make(chan struct{}), aborted: make(chan struct{})}
+	s.create = func(path string) (newBackup, error) {
+		f, err := createBackup(path)
+		hung.newBackup = f
+		return hung, err
+	}
+	released, calls := 0, 0
+	s.save = func(_ context.Context, w io.Writer) error {
+		defer func() { released++ }()
+		calls++
+		for {
+			if _, err := w.Write(make([]byte, 64<<10)); err != nil {
+				return err
+			}
+		}
+	}
+	begun := s.clock
+	err := s.try(context.Background(), begun)
+	if err == nil || !strings.Contains(err.Error(), "not done after 50ms") || !strings.Contains(err.Error(), "hangs") || released != 1 {
+		t.Fatalf("%v, let go of %d", err, released)
+	}
+	s.clock = begun.Add(time.Hour)
+	if err := s.Health(); err == nil || !strings.Contains(err.Error(), "running since 2027-01-02T03:04:05Z") {
+		t.Errorf("health: %v", err)
+	}
+	if err := s.try(context.Background(), s.clock); err == nil || !strings.Contains(err.Error(), "runs since 2027-01-02T03:04:05Z hangs") || calls != 1 {
+		t.Errorf("another one: %v, after %d", err, calls)
+	}
+	close(hung.let)
+	<-hung.aborted
+	if got := s.names(t); len(got) != 0 {
+		t.Errorf("it left %v", got)
+	}
+	s.save, s.create, s.limit = func(_ context.Context, w io.Writer) error { _, err := w.Write([]byte("whole")); return err }, createBackup, time.Minute
+	for err = s.try(context.Background(), s.clock); err != nil && strings.Contains(err.Error(), "hangs"); err = s.try(context.Background(), s.clock) {
+		time.Sleep(time.Millisecond) // until the old one has gone
+	}
+	if got := s.names(t); err != nil || len(got) != 1 {
+		t.Errorf("afterwards: %v, %v", err, got)
 	}
 }
 
