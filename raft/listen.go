@@ -20,13 +20,13 @@ const (
 const (
 	firstByteTimeout = 10 * time.Second
 	maxConns         = 256 // accepted and open at once; a member has about five to each other member
+	maxPeerConns     = 16  // of these, of one kind and from one member
 )
 
 // mux accepts the members' connections, tells them apart, and is raft's stream layer. It knows every open
 // connection, so that closing it ends whatever waits on one.
 type mux struct {
 	n    *Node
-	raft chan net.Conn // accepted connections that speak raft
 	done chan struct{}
 
 	mu     sync.Mutex
@@ -37,7 +37,7 @@ type mux struct {
 var _ hraft.StreamLayer = (*mux)(nil)
 
 func newMux(n *Node) *mux {
-	return &mux{n: n, raft: make(chan net.Conn), done: make(chan struct{}), conns: map[*trackedConn]struct{}{}}
+	return &mux{n: n, done: make(chan struct{}), conns: map[*trackedConn]struct{}{}}
 }
 
 // accept runs until the listener is closed.
@@ -67,7 +67,7 @@ func (m *mux) accept() {
 			continue
 		}
 		backoff = 5 * time.Millisecond
-		tracked, err := m.track(conn, maxConns)
+		tracked, err := m.track(&trackedConn{Conn: conn, peer: m.n.peer(conn), accepted: true})
 		if err != nil {
 			m.n.log.Warn("refusing a member's connection", "remote", conn.RemoteAddr(), "error", err)
 			conn.Close()
@@ -86,19 +86,16 @@ func (m *mux) dispatch(conn *trackedConn) {
 		return
 	}
 	conn.SetReadDeadline(time.Time{})
+	m.sort(conn, first[0])
 	switch first[0] {
 	case connRaft:
-		if peer := m.n.peer(conn); m.n.outcast(peer) {
-			m.n.log.Warn("refusing the raft connection of a member of a cluster that this one no longer belongs to; end that member",
-				"member", peer, "remote", conn.RemoteAddr())
+		if m.n.outcast(conn.peer) {
+			m.n.log.Warn("refusing the raft connection of a member that this cluster does not have; end that member",
+				"member", conn.peer, "remote", conn.RemoteAddr())
 			conn.Close()
 			return
 		}
-		select {
-		case m.raft <- conn:
-		case <-m.done:
-			conn.Close()
-		}
+		m.n.transport.serve(conn)
 	case connForward:
 		m.n.serve(conn)
 	default:
@@ -106,25 +103,6 @@ func (m *mux) dispatch(conn *trackedConn) {
 			"remote", conn.RemoteAddr(), "byte", first[0])
 		conn.Close()
 	}
-}
-
-// outcast tells whether a member is not of this cluster for sure. That a member is not in the configuration does
-// not say so: it may have been added since, and lead. But it does if it was left behind by Recover, or if this
-// member is the only one with a vote: any change would then have to come from itself. Such a member, with a
-// folder from before, could have a newer term, and overwrite this one's log.
-func (n *Node) outcast(peer string) bool {
-	if peer == "" {
-		return false
-	}
-	members := n.Members()
-	sole := len(members) > 0
-	for _, m := range members {
-		if m.ID == peer {
-			return false
-		}
-		sole = sole && (m.ID == n.cfg.ID) == m.Voter
-	}
-	return sole || n.left[peer]
 }
 
 // dial connects to the member with this id ("": whoever answers) and says what the connection is for.
@@ -145,7 +123,8 @@ func (m *mux) dialOnce(ctx context.Context, id, address string, kind byte) (*tra
 	if err != nil {
 		return nil, err
 	}
-	if got := m.n.peer(conn); id != "" && got != "" && got != id {
+	got := m.n.peer(conn)
+	if id != "" && got != "" && got != id {
 		conn.Close()
 		return nil, fmt.Errorf("member %q answers there: %w", got, errOther)
 	}
@@ -155,7 +134,10 @@ func (m *mux) dialOnce(ctx context.Context, id, address string, kind byte) (*tra
 		return nil, err
 	}
 	conn.SetWriteDeadline(time.Time{})
-	tracked, err := m.track(conn, 0)
+	if got == "" {
+		got = id
+	}
+	tracked, err := m.track(&trackedConn{Conn: conn, peer: got, kind: kind})
 	if err != nil {
 		conn.Close()
 		return nil, err
@@ -177,14 +159,10 @@ func (n *Node) peer(conn net.Conn) string {
 	return n.cfg.Peer(conn)
 }
 
-// Accept implements net.Listener for raft.
+// Accept implements net.Listener for raft's transport, which here only dials; see inbound.
 func (m *mux) Accept() (net.Conn, error) {
-	select {
-	case conn := <-m.raft:
-		return conn, nil
-	case <-m.done:
-		return nil, net.ErrClosed
-	}
+	<-m.done
+	return nil, net.ErrClosed
 }
 
 // Dial implements hraft.StreamLayer.
@@ -223,30 +201,95 @@ func (m *mux) Close() error {
 	return err
 }
 
-// track registers a connection; limit 0 is none.
-func (m *mux) track(conn net.Conn, limit int) (*trackedConn, error) {
+// track registers a connection. One that was accepted may be one too many.
+func (m *mux) track(t *trackedConn) (*trackedConn, error) {
+	t.m, t.since, t.done = m, time.Now(), make(chan struct{})
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	if m.closed {
+		m.mu.Unlock()
 		return nil, net.ErrClosed
 	}
-	if limit > 0 && len(m.conns) >= limit {
+	if t.accepted && len(m.conns) >= maxConns {
+		defer m.mu.Unlock()
 		return nil, fmt.Errorf("%d connections are open", len(m.conns))
 	}
-	t := &trackedConn{Conn: conn, m: m}
 	m.conns[t] = struct{}{}
+	m.mu.Unlock()
+	m.crowd(t)
 	return t, nil
 }
 
+// sort notes what an accepted connection is for.
+func (m *mux) sort(t *trackedConn, kind byte) {
+	m.mu.Lock()
+	t.kind, t.since = kind, time.Now()
+	m.mu.Unlock()
+	m.crowd(t)
+}
+
+// crowd ends the oldest connection of a member that has made too many of the kind of this one: a member that was
+// restarted leaves some that nothing ends soon, and one that makes more and more has only itself to harm.
+func (m *mux) crowd(t *trackedConn) {
+	if !t.accepted || t.peer == "" {
+		return
+	}
+	m.mu.Lock()
+	count, oldest := 0, t
+	for c := range m.conns {
+		if c.accepted && c.peer == t.peer && c.kind == t.kind {
+			count++
+			if c.since.Before(oldest.since) {
+				oldest = c
+			}
+		}
+	}
+	if count > maxPeerConns {
+		delete(m.conns, oldest) // at once: another may be counting next
+	}
+	m.mu.Unlock()
+	if count > maxPeerConns {
+		m.n.log.Warn("a member has too many connections to this one; ending the oldest", "member", t.peer, "limit", maxPeerConns)
+		oldest.Close()
+	}
+}
+
+// trackedConn is a connection that the mux knows, accepted or dialed.
 type trackedConn struct {
 	net.Conn
-	m *mux
+	m        *mux
+	peer     string // who is at the other end, "" if that is not known
+	accepted bool
+	done     chan struct{} // closed when this side closes it
+	once     sync.Once
+
+	// Under the mux's lock:
+	kind  byte // its first byte; 0 before that came
+	since time.Time
+	until time.Time // when it is to end; zero: not at all
+	leads uint64    // the highest term in which the other end said that it leads
 }
 
 // Close closes the connection and forgets it.
 func (t *trackedConn) Close() error {
+	t.once.Do(func() { close(t.done) })
 	t.m.mu.Lock()
 	delete(t.m.conns, t)
 	t.m.mu.Unlock()
 	return t.Conn.Close()
+}
+
+func (t *trackedConn) ended() bool {
+	select {
+	case <-t.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// claims notes that the other end says that it leads.
+func (t *trackedConn) claims(term uint64) {
+	t.m.mu.Lock()
+	defer t.m.mu.Unlock()
+	t.leads = max(t.leads, term)
 }

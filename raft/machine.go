@@ -65,6 +65,8 @@ type fsm struct {
 
 	// onApplied, if set, is told the last entry of each applied batch. Set before raft starts.
 	onApplied func(index, term uint64)
+	// onConfigured, if set, is told each committed configuration. Set before raft starts.
+	onConfigured func(term uint64, data []byte)
 
 	mu         sync.Mutex
 	applied    uint64        // last entry in the state machine
@@ -86,6 +88,9 @@ func (f *fsm) ApplyBatch(logs []*hraft.Log) []any {
 	at := make([]int, 0, len(logs)) // entries[i] is logs[at[i]]
 	applied, stopped := f.state()
 	for i, l := range logs {
+		if l.Type == hraft.LogConfiguration && f.onConfigured != nil {
+			f.onConfigured(l.Term, l.Data)
+		}
 		// A machine whose state outlived a restart gets the log again from the snapshot on: what it has, it keeps.
 		if l.Type != hraft.LogCommand || l.Index <= applied {
 			continue

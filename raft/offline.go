@@ -10,7 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
+	"time"
 
 	hraft "github.com/hashicorp/raft"
 	bolt "go.etcd.io/bbolt"
@@ -43,7 +43,7 @@ type Recovery struct {
 // reached this member is lost; of several survivors the one with the highest Term and Last is the one to take.
 //
 // The other members of old MUST NOT be started again with their folders: they form the old cluster if they are
-// a majority. This member refuses their raft connections until they have joined again, so that they cannot
+// a majority. This member, and those that join it, refuse what comes in a term from before, so that they cannot
 // overwrite it.
 //
 // A crash leaves the folder as it was or recovered. Doing it again changes nothing. Errors wrap ErrForeign when
@@ -99,18 +99,11 @@ func recoverFolder(cfg RecoverConfig, step func(string) error) (err error) {
 	if err != nil {
 		return err
 	}
-	left := []string{}
-	for _, s := range old.Servers {
-		if string(s.ID) != cfg.ID {
-			left = append(left, string(s.ID))
-		}
-	}
-	// The change of the membership is an entry like that of a leader of one more term, so the log says what was
+	// The change of the membership is an entry like that of a leader of a later term, so the log says what was
 	// done. It counts as soon as it is in the log, and its only voter commits it.
-	term = max(term, found.Term) + 1
 	err = logs.recover(&hraft.Log{
-		Index: found.Last + 1, Term: term, Type: hraft.LogConfiguration, Data: hraft.EncodeConfiguration(sole),
-	}, left)
+		Index: found.Last + 1, Term: nextEra(max(term, found.Term), time.Now()), Type: hraft.LogConfiguration, Data: hraft.EncodeConfiguration(sole),
+	})
 	if err != nil {
 		return err
 	}
@@ -197,28 +190,15 @@ func decodeConfiguration(b []byte) (c hraft.Configuration, err error) {
 	return hraft.DecodeConfiguration(b), nil
 }
 
-// keyLeft is where the log keeps the members that Recover left behind.
-func keyLeft() []byte { return []byte("LeftBehind") }
-
-// recover stores a configuration, its term, and whom it leaves behind, all or nothing.
-func (s *logStore) recover(l *hraft.Log, left []string) error {
+// recover stores a configuration and its term, all or nothing.
+func (s *logStore) recover(l *hraft.Log) error {
 	v, err := marshalRecord(l)
 	if err != nil {
 		return err
 	}
-	former, err := s.leftBehind()
-	if err != nil {
-		return err
-	}
-	left = append(left, former...)
-	slices.Sort(left)
-	left = slices.Compact(left)
 	err = s.db.Update(func(tx *bolt.Tx) error {
-		stable := tx.Bucket(bucketStable())
-		if err := stable.Put([]byte("CurrentTerm"), marshalStable([]byte("CurrentTerm"), fmt.Append(nil, l.Term))); err != nil {
-			return err
-		}
-		if err := stable.Put(keyLeft(), marshalStable(keyLeft(), []byte(strings.Join(left, "\x00")))); err != nil {
+		term := []byte("CurrentTerm")
+		if err := tx.Bucket(bucketStable()).Put(term, marshalStable(term, fmt.Append(nil, l.Term))); err != nil {
 			return err
 		}
 		return tx.Bucket(bucketLog()).Put(indexKey(l.Index), v)
@@ -229,24 +209,18 @@ func (s *logStore) recover(l *hraft.Log, left []string) error {
 	return nil
 }
 
-// leftBehind are the members that Recover left behind.
-func (s *logStore) leftBehind() ([]string, error) {
-	v, err := s.Get(keyLeft())
-	if err != nil || len(v) == 0 {
-		return nil, err
-	}
-	return strings.Split(string(v), "\x00"), nil
-}
-
 // RestoreSnapshot makes a raft folder in which this member, at its address, is a cluster of one whose state is
-// the snapshot that write writes: one of the state machine's, with the index and term of its last entry. The
+// the snapshot that write writes: one of the state machine's, with the index of its last entry. The
 // folder above dir must exist; dir must be absent or empty.
+//
+// The cluster begins at a term made of now, which MUST be later than at any restore before: this member, and those
+// that join it, then refuse what comes in a term of the cluster that the snapshot is of.
 //
 // The folder appears at once and whole: a crash or error before leaves dir as it was, and at most a folder
 // beside it (dir with ".restoring" added) that the next call removes. Errors wrap durable.ErrLocked when a
 // process uses dir, fs.ErrExist when something is in it, and write's.
-func RestoreSnapshot(dir, id, address string, index, term uint64, write func(io.Writer) error) error {
-	if err := restoreFolder(dir, id, address, index, term, write, func(string) error { return nil }); err != nil {
+func RestoreSnapshot(dir, id, address string, index uint64, now time.Time, write func(io.Writer) error) error {
+	if err := restoreFolder(dir, id, address, index, nextEra(0, now), write, func(string) error { return nil }); err != nil {
 		return errors.Join(fmt.Errorf("restoring a snapshot into %s: %w", dir, err), os.RemoveAll(dir+".restoring"))
 	}
 	return nil

@@ -99,39 +99,6 @@ func TestRecover(t *testing.T) {
 	c.same("0", "alone", "still alone", "three again")
 }
 
-// TestLeftBehind: members that were left behind have no raft connection to the recovered one, until they are added
-// again; also once it is no longer alone, and after a restart.
-func TestLeftBehind(t *testing.T) {
-	t.Parallel()
-	c, m, rest := survivor(t)
-	if err := Recover(RecoverConfig{Dir: m.dir, ID: m.name, Address: m.address}); err != nil {
-		t.Fatal(err)
-	}
-	c.alone(m, "alone")
-	if !m.outcast("anybody") || m.outcast(m.name) || m.outcast("") {
-		t.Error("the only member with a vote takes another for its leader")
-	}
-	c.join("new")
-	c.voting(2)
-	m.Close()
-	c.start(m, false)
-	c.voting(2)
-	for _, o := range rest {
-		if !m.outcast(o.name) {
-			t.Errorf("%s is not refused", o.name)
-		}
-	}
-	if m.outcast("new") || m.outcast("not known yet") {
-		t.Error("a member that may lead is refused")
-	}
-	if err := m.AddMember(within(t), rest[0].name, "127.0.0.1:1"); err != nil {
-		t.Fatal(err)
-	}
-	if m.outcast(rest[0].name) || !m.outcast(rest[1].name) {
-		t.Error("one that was added again is refused, or one that was not is let in")
-	}
-}
-
 // TestRecoverFromSnapshot: also when the log holds nothing but what came after a snapshot, or nothing at all.
 func TestRecoverFromSnapshot(t *testing.T) {
 	t.Parallel()
@@ -244,17 +211,17 @@ func TestRestoreSnapshot(t *testing.T) {
 	t.Parallel()
 	c := &cluster{t: t, net: newNetwork()}
 	m := &member{name: "m1", dir: filepath.Join(t.TempDir(), "m1"), address: "", machine: &machine{}}
-	if err := RestoreSnapshot(m.dir, "m1", "127.0.0.1:1", 1000, 7, saved(1000, "a", "b")); err != nil {
+	if err := RestoreSnapshot(m.dir, "m1", "127.0.0.1:1", 1000, time.Unix(7, 0), saved(1000, "a", "b")); err != nil {
 		t.Fatal(err)
 	}
 	c.alone(m, "c")
 	if all := m.machine.all(); !slices.Equal(all, []string{"a", "b", "c"}) {
 		t.Errorf("state %q", all)
 	}
-	if m.AppliedIndex() <= 1000 || m.raft.CurrentTerm() <= 7 {
+	if m.AppliedIndex() <= 1000 || m.raft.CurrentTerm() <= 7<<eraBits {
 		t.Errorf("entry %d in term %d", m.AppliedIndex(), m.raft.CurrentTerm())
 	}
-	if err := RestoreSnapshot(m.dir, "m1", m.address, 1, 1, saved(1)); !errors.Is(err, durable.ErrLocked) {
+	if err := RestoreSnapshot(m.dir, "m1", m.address, 1, time.Now(), saved(1)); !errors.Is(err, durable.ErrLocked) {
 		t.Errorf("running: %v", err)
 	}
 	joined := c.join("m2")
@@ -262,15 +229,14 @@ func TestRestoreSnapshot(t *testing.T) {
 	c.propose(joined, "d")
 	c.same("a", "b", "c", "d")
 	m.Close()
-	if err := RestoreSnapshot(m.dir, "m1", m.address, 1, 1, saved(1)); !errors.Is(err, fs.ErrExist) {
+	if err := RestoreSnapshot(m.dir, "m1", m.address, 1, time.Now(), saved(1)); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("not empty: %v", err)
 	}
 	for _, bad := range []func() error{
-		func() error { return RestoreSnapshot(t.TempDir()+"/x", "", "a:1", 1, 1, saved(1)) },
-		func() error { return RestoreSnapshot(t.TempDir()+"/x", "m1", "", 1, 1, saved(1)) },
-		func() error { return RestoreSnapshot(t.TempDir()+"/x", "m1", "a:1", 0, 1, saved(1)) },
-		func() error { return RestoreSnapshot(t.TempDir()+"/x", "m1", "a:1", 1, 0, saved(1)) },
-		func() error { return RestoreSnapshot(t.TempDir()+"/x/y", "m1", "a:1", 1, 1, saved(1)) },
+		func() error { return RestoreSnapshot(t.TempDir()+"/x", "", "a:1", 1, time.Now(), saved(1)) },
+		func() error { return RestoreSnapshot(t.TempDir()+"/x", "m1", "", 1, time.Now(), saved(1)) },
+		func() error { return RestoreSnapshot(t.TempDir()+"/x", "m1", "a:1", 0, time.Now(), saved(1)) },
+		func() error { return RestoreSnapshot(t.TempDir()+"/x/y", "m1", "a:1", 1, time.Now(), saved(1)) },
 	} {
 		if bad() == nil {
 			t.Error("no error")
@@ -297,7 +263,7 @@ func TestRestoreSnapshotCrash(t *testing.T) {
 			t.Fatalf("folder: %v", err)
 		}
 		if !whole {
-			if err := RestoreSnapshot(dir, "m1", "127.0.0.1:1", 5, 2, saved(5, "a")); err != nil {
+			if err := RestoreSnapshot(dir, "m1", "127.0.0.1:1", 5, time.Now(), saved(5, "a")); err != nil {
 				t.Fatalf("again: %v", err)
 			}
 		}
@@ -330,7 +296,7 @@ func TestRestoreSnapshotCrash(t *testing.T) {
 		t.Run(fmt.Sprint("write fails after ", after), func(t *testing.T) {
 			t.Parallel()
 			dir := filepath.Join(t.TempDir(), "m")
-			err := RestoreSnapshot(dir, "m1", "127.0.0.1:1", 5, 2, func(w io.Writer) error {
+			err := RestoreSnapshot(dir, "m1", "127.0.0.1:1", 5, time.Now(), func(w io.Writer) error {
 				if _, err := w.Write(make([]byte, after)); err != nil {
 					return err
 				}

@@ -65,11 +65,11 @@ type Node struct {
 
 	fresh *freshness
 	lead  leadership
-	out   dialer          // the connection to the leader for forwarded requests
-	peers contacts        // connections to each member, for what members ask each other
-	book  *book           // where each member was last
-	gone  removal         // whether this member was removed
-	left  map[string]bool // members that Recover left behind
+	out   dialer   // the connection to the leader for forwarded requests
+	peers contacts // connections to each member, for what members ask each other
+	book  *book    // where each member was last
+	gone  removal  // whether this member was removed
+	door  door     // who was a member
 
 	ctx    context.Context // ends when Close stops the goroutines
 	cancel context.CancelFunc
@@ -125,14 +125,6 @@ func Open(cfg Config) (_ *Node, err error) {
 	if n.logs, err = openLogStore(filepath.Join(cfg.Dir, "log.db"), cfg.ID); err != nil {
 		return nil, fmt.Errorf("opening raft log: %w", err)
 	}
-	left, err := n.logs.leftBehind()
-	if err != nil {
-		return nil, fmt.Errorf("opening raft log: %w", err)
-	}
-	n.left = map[string]bool{}
-	for _, id := range left {
-		n.left[id] = true
-	}
 	snaps, err := openSnapshots(cfg.Dir, newHCLog(cfg.Log, slog.LevelError, nil))
 	if err != nil {
 		return nil, fmt.Errorf("opening raft snapshots: %w", err)
@@ -146,7 +138,7 @@ func Open(cfg Config) (_ *Node, err error) {
 	}
 	n.mux = newMux(n)
 	n.transport = newTransport(n)
-	n.fsm.onApplied = n.transport.applied
+	n.fsm.onApplied, n.fsm.onConfigured = n.transport.applied, n.configured
 	if err := n.start(snaps, restore); err != nil {
 		return nil, err
 	}
@@ -170,7 +162,8 @@ func (n *Node) start(snaps *snapshots, restore bool) error {
 	n.disk.running.Store(true)
 	n.raft = r
 	n.fresh = newFreshness(r, n.fsm, n.logs)
-	n.spawn(n.transport.pump)
+	n.door.begin(n.Members())
+	n.spawn(n.watchDoor)
 	n.spawn(n.mux.accept)
 	n.spawn(func() { n.watchLeadership(notify) })
 	n.spawn(n.keepInTouch)

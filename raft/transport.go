@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	hraft "github.com/hashicorp/raft"
 )
@@ -12,12 +13,15 @@ import (
 // maxPool is how many idle connections raft keeps to each member: heartbeats, appends, votes.
 const maxPool = 3
 
-// transport is raft's own, with an ear on what a leader says it has committed. It embeds *NetworkTransport
+// transport is raft's own, with an ear on what a leader says it has committed, and one more for each connection that
+// others make. It embeds *NetworkTransport
 // because raft looks for optional methods: without RequestPreVote it would turn pre-vote off and only warn.
 type transport struct {
 	*hraft.NetworkTransport
 	n    *Node
-	rpcs chan hraft.RPC
+	rpcs chan hraft.RPC // what others ask, see inbound.go
+
+	heartbeat atomic.Pointer[func(hraft.RPC)]
 
 	mu        sync.Mutex
 	pipelines map[*pipeline]struct{} // to the followers, while this member leads
@@ -45,26 +49,6 @@ func newTransport(n *Node) *transport {
 
 // Consumer implements hraft.Transport.
 func (t *transport) Consumer() <-chan hraft.RPC { return t.rpcs }
-
-// pump passes on what comes in, and notes the leader's commit index on the way. Heartbeats do not come by
-// here (raft takes them aside, and they carry no commit index).
-func (t *transport) pump() {
-	for {
-		select {
-		case <-t.n.ctx.Done():
-			return
-		case rpc := <-t.NetworkTransport.Consumer():
-			if a, ok := rpc.Command.(*hraft.AppendEntriesRequest); ok {
-				t.n.fresh.heard(a.Term, a.LeaderCommitIndex)
-			}
-			select {
-			case t.rpcs <- rpc:
-			case <-t.n.ctx.Done():
-				return
-			}
-		}
-	}
-}
 
 // target is what raft's pool of connections knows a member's present address by. Raft names a member by id and
 // by the address in its configuration, but its stream layer hears only of an address: so the id goes along.

@@ -240,7 +240,7 @@ func (d *dataDir) restoreState(ctx context.Context, c *config.Server, stderr io.
 		return out, nil, err
 	}
 	revision := restoreRevision(sum.Revision, now)
-	err = raft.RestoreSnapshot(d.file("raft"), c.Name, c.Advertise, revision, 1, func(w io.Writer) error {
+	err = raft.RestoreSnapshot(d.file("raft"), c.Name, c.Advertise, revision, now, func(w io.Writer) error {
 		var err error
 		if out, err = store.Rewrite(w, b.State, store.RewriteOptions{Now: now, Revision: revision, TrustDomain: d.td}); err != nil {
 			return err
