@@ -144,10 +144,10 @@ func CheckKubeCluster(td spiffeid.TrustDomain, k *KubeCluster) error {
 		bad("kube cluster %q has both a JWKS and a JWKS URL: give one", k.Name)
 	}
 	if k.JWKSURL != "" && !strings.HasPrefix(k.JWKSURL, "https://") {
-		bad("kube cluster %q: JWKS URL %q is not https", k.Name, k.JWKSURL)
+		bad("kube cluster %q: JWKS URL %q is not https", k.Name, RedactURL(k.JWKSURL))
 	}
 	if k.Kubeconfig != "" && k.Kubeconfig != "in-cluster" && !strings.HasPrefix(k.Kubeconfig, "/") {
-		bad("kube cluster %q: kubeconfig %q: want in-cluster, or an absolute path on each member", k.Name, k.Kubeconfig)
+		bad("kube cluster %q: kubeconfig %q: want in-cluster, or an absolute path on each member", k.Name, RedactURL(k.Kubeconfig))
 	}
 	if k.TokenReview && k.Kubeconfig == "" {
 		bad("kube cluster %q: TokenReview needs a kubeconfig (a path on each member, or in-cluster)", k.Name)

@@ -3,9 +3,31 @@ package identity
 import (
 	"fmt"
 	"log/slog"
+	"strings"
 )
 
 // What holds a secret prints without it, in whatever form it gets into a log or an error.
+
+// RedactURL is a URL, or what was meant to be one, for messages: without user and password, and without what is behind a question mark.
+func RedactURL(s string) string {
+	head := s
+	if i := strings.IndexAny(s, "?#"); i >= 0 {
+		head = s[:i]
+	}
+	scheme, rest, ok := strings.Cut(head, "://")
+	if !ok {
+		scheme, rest = "", head
+	} else {
+		scheme += "://"
+	}
+	switch at := strings.LastIndexByte(s, '@'); {
+	case at < 0:
+		return head
+	case at >= len(head): // a password with a question mark in it, perhaps
+		return scheme + "..."
+	}
+	return scheme + rest[strings.LastIndexByte(rest, '@')+1:]
+}
 
 // String is the evidence without its token.
 func (e Evidence) String() string {

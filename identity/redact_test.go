@@ -29,3 +29,27 @@ func TestSecretsDoNotPrint(t *testing.T) {
 		}
 	}
 }
+
+func TestRedactURL(t *testing.T) {
+	for in, want := range map[string]string{
+		"":                                      "",
+		"https://host/keys":                     "https://host/keys",
+		"http://user:geheim@host:1/keys":        "http://host:1/keys",
+		"http://user:ge@geheim@host":            "http://host",
+		"http://user:geheim?x@host":             "http://...",
+		"https://host/keys?token=geheim":        "https://host/keys",
+		"https://host/keys?token=geheim@geheim": "https://...",
+		"https://host/keys#geheim":              "https://host/keys",
+		"user:geheim@host":                      "host",
+		"/etc/kubeconfig":                       "/etc/kubeconfig",
+	} {
+		if got := RedactURL(in); got != want {
+			t.Errorf("%q is shown as %q, want %q", in, got, want)
+		}
+	}
+	td := spiffeid.RequireTrustDomainFromString("example.org")
+	err := CheckKubeCluster(td, &KubeCluster{Name: "c1", Issuer: "i", Audience: "a", JWKSURL: "http://user:geheim@host", Kubeconfig: "https://user:geheim@host"})
+	if err == nil || strings.Contains(err.Error(), "geheim") || strings.Contains(err.Error(), "user") {
+		t.Errorf("%v", err)
+	}
+}

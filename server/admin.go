@@ -120,7 +120,7 @@ func (s adminService) AddKubeCluster(ctx context.Context, req *adminv1.KubeClust
 	if err != nil {
 		return nil, fmt.Errorf("registering kube cluster %q: %w", k.Name, err)
 	}
-	s.cfg.Log.Info("kube cluster registered", "kube_cluster", k.Name, "issuer", k.Issuer, "replaced", req.Replace)
+	s.cfg.Log.Info("kube cluster registered", "kube_cluster", k.Name, "issuer", identity.RedactURL(k.Issuer), "replaced", req.Replace)
 	return api.KubeClusterToWire(&kept), nil
 }
 

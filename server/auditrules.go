@@ -10,6 +10,7 @@ import (
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
 	"countersign.io/countersign/audit"
+	"countersign.io/countersign/identity"
 )
 
 // auditMode says when calls of a method are recorded. Every call that is refused is, whatever the mode, but auditNever's.
@@ -175,21 +176,18 @@ func entryDetails(req any) audit.Details {
 func kubeDetails(req any) audit.Details {
 	r := req.(*adminv1.KubeCluster)
 	d := audit.Details{
-		{Key: "issuer", Value: r.Issuer}, {Key: "audience", Value: r.Audience}, {Key: "jwks_held", Value: strconv.FormatBool(len(r.Jwks) > 0)},
+		{Key: "issuer", Value: identity.RedactURL(r.Issuer)}, {Key: "audience", Value: r.Audience}, {Key: "jwks_held", Value: strconv.FormatBool(len(r.Jwks) > 0)},
 		{Key: "token_review", Value: strconv.FormatBool(r.TokenReview)}, {Key: "replace", Value: strconv.FormatBool(r.Replace)},
 		{Key: "agent_accounts", Value: strings.Join(r.AgentAccounts, " ")},
 	}
 	if r.JwksUrl != "" {
-		url, _, _ := strings.Cut(r.JwksUrl, "?") // credentials are often behind it
-		if scheme, rest, ok := strings.Cut(url, "://"); ok {
-			if _, host, ok := strings.Cut(rest, "@"); ok {
-				url = scheme + "://" + host
-			}
-		}
-		d = append(d, audit.Detail{Key: "jwks_url", Value: url})
+		d = append(d, audit.Detail{Key: "jwks_url", Value: identity.RedactURL(r.JwksUrl)})
 	}
-	if r.Kubeconfig != "" {
-		d = append(d, audit.Detail{Key: "kubeconfig", Value: r.Kubeconfig}) // a path
+	if path := r.Kubeconfig; path != "" {
+		if !strings.HasPrefix(path, "/") {
+			path = identity.RedactURL(path)
+		}
+		d = append(d, audit.Detail{Key: "kubeconfig", Value: path})
 	}
 	if r.NoDefaultId {
 		return append(d, audit.Detail{Key: "default_id", Value: "none"})

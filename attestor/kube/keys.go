@@ -197,6 +197,7 @@ func (s *keySource) fetch(ctx context.Context) (keySet, error) {
 			}
 		}
 	}
+	shown := identity.RedactURL(from)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, from, nil)
 	if err != nil {
 		return nil, err
@@ -210,22 +211,22 @@ func (s *keySource) fetch(ctx context.Context) (keySet, error) {
 	defer resp.Body.Close()
 	switch {
 	case resp.StatusCode >= 300 && resp.StatusCode < 400:
-		return nil, fmt.Errorf("%s redirects (%d), which is not followed: give the final URL", from, resp.StatusCode)
+		return nil, fmt.Errorf("%s redirects (%d), which is not followed: give the final URL", shown, resp.StatusCode)
 	case resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden:
-		return nil, fmt.Errorf("%s answers %d: give the cluster a kubeconfig of this API server whose user has ClusterRole system:service-account-issuer-discovery, or hold the JWKS offline", from, resp.StatusCode)
+		return nil, fmt.Errorf("%s answers %d: give the cluster a kubeconfig of this API server whose user has ClusterRole system:service-account-issuer-discovery, or hold the JWKS offline", shown, resp.StatusCode)
 	case resp.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("%s answers %d, not 200", from, resp.StatusCode)
+		return nil, fmt.Errorf("%s answers %d, not 200", shown, resp.StatusCode)
 	}
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxJWKSBytes+1))
 	if err == nil {
 		err = ctx.Err() // a server that sees us leave may end its answer in good order, and short
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", from, err)
+		return nil, fmt.Errorf("reading %s: %w", shown, err)
 	}
 	keys, err := parseJWKS(b)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", from, err)
+		return nil, fmt.Errorf("%s: %w", shown, err)
 	}
 	return keys, nil
 }
