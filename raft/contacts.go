@@ -117,7 +117,7 @@ func (n *Node) askMember(ctx context.Context, m Member, req request) (answer, er
 		}
 		n.peers.drop(m.ID, l)
 		if again || ctx.Err() != nil {
-			n.book.failed(m.ID, l.to.Address)
+			// The member was there, or it would not have been connected to: a question that came to nothing says nothing of where it is.
 			return answer{}, fmt.Errorf("asking member %s at %s: %w", m.ID, l.to.Address, err)
 		}
 	}

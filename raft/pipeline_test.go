@@ -2,30 +2,41 @@ package raft
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"time"
 
 	hraft "github.com/hashicorp/raft"
 )
 
-// narrow is a pipeline that waits, like raft's own, until each answer is taken.
+// narrow is a pipeline that waits, like raft's own, until each answer is taken or it is closed.
 type narrow struct {
-	sent chan *hraft.AppendEntriesRequest
-	out  chan hraft.AppendFuture
+	sent   chan *hraft.AppendEntriesRequest
+	out    chan hraft.AppendFuture
+	once   sync.Once
+	closed chan struct{}
 }
 
 func newNarrow() *narrow {
-	n := &narrow{sent: make(chan *hraft.AppendEntriesRequest, 1024), out: make(chan hraft.AppendFuture)}
-	return n
+	return &narrow{sent: make(chan *hraft.AppendEntriesRequest, 1024), out: make(chan hraft.AppendFuture), closed: make(chan struct{})}
 }
 
 func (n *narrow) AppendEntries(args *hraft.AppendEntriesRequest, _ *hraft.AppendEntriesResponse) (hraft.AppendFuture, error) {
+	select {
+	case <-n.closed:
+		return nil, hraft.ErrPipelineShutdown
+	default:
+	}
 	n.sent <- args
-	n.out <- nil
-	return nil, nil
+	select {
+	case n.out <- nil:
+		return nil, nil
+	case <-n.closed:
+		return nil, hraft.ErrPipelineShutdown
+	}
 }
 func (n *narrow) Consumer() <-chan hraft.AppendFuture { return n.out }
-func (n *narrow) Close() error                        { return nil }
+func (n *narrow) Close() error                        { n.once.Do(func() { close(n.closed) }); return nil }
 
 func testPipeline(t *testing.T) (*pipeline, *narrow) {
 	t.Helper()
