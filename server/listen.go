@@ -39,6 +39,7 @@ type ListenConfig struct {
 type Listener struct {
 	cfg                   ListenConfig
 	agents, guests, peers *queue
+	crowds                *lineLimit // an agent over its limit comes again at once
 
 	mu        sync.Mutex
 	strangers *list.List // of *stranger, the oldest first
@@ -82,7 +83,7 @@ func NewListener(cfg ListenConfig) (*Listener, error) {
 	if cfg.MaxPerAgent <= 0 {
 		cfg.MaxPerAgent = 16
 	}
-	l := &Listener{cfg: cfg, strangers: list.New(), perAddr: map[netip.Addr]int{}, perAgent: map[spiffeid.ID]int{}}
+	l := &Listener{cfg: cfg, strangers: list.New(), perAddr: map[netip.Addr]int{}, perAgent: map[spiffeid.ID]int{}, crowds: newLineLimit()}
 	l.agents, l.guests, l.peers = newQueue(cfg.TCP.Addr()), newQueue(cfg.TCP.Addr()), newQueue(cfg.TCP.Addr())
 	return l, nil
 }
@@ -211,7 +212,9 @@ func (l *Listener) greet(ctx context.Context, s *stranger) {
 		c.forget() // no stranger any more
 	}
 	if to == l.agents && !l.enlist(c) {
-		l.cfg.Log.Warn("too many connections of one agent", "agent", c.caller.id, "address", s.addr)
+		if leftOut, ok := l.crowds.allow(time.Now()); ok {
+			l.cfg.Log.Warn("too many connections of one agent", "agent", c.caller.id, "address", s.addr, "left_out_before", leftOut)
+		}
 		tc.Close()
 		return
 	}

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 
 	"countersign.io/countersign/api"
@@ -225,7 +226,9 @@ func TestOneAddressHasAShare(t *testing.T) {
 }
 
 func TestOneAgentHasAShare(t *testing.T) {
-	w := newWorldOn(t, ListenConfig{MaxPerAgent: 2}).start(t)
+	w := newWorldOn(t, ListenConfig{MaxPerAgent: 2})
+	w.port.crowds = &lineLimit{lines: rate.NewLimiter(0, 1)}
+	w.start(t)
 	_, cert := w.agent(t, "a1", "")
 	_, other := w.agent(t, "a2", "")
 	for range 2 {
@@ -233,7 +236,12 @@ func TestOneAgentHasAShare(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wantCode(t, try(t, w.dial(t, cert), rpc{method: "/grpc.health.v1.Health/Check"}), codes.Unavailable)
+	for range 3 {
+		wantCode(t, try(t, w.dial(t, cert), rpc{method: "/grpc.health.v1.Health/Check"}), codes.Unavailable)
+	}
+	if n := strings.Count(w.log.String(), "too many connections of one agent"); n != 1 {
+		t.Errorf("%d lines say so, want what the limit allows", n)
+	}
 	if err := try(t, w.dial(t, other), rpc{method: "/grpc.health.v1.Health/Check"}); err != nil {
 		t.Fatal(err)
 	}

@@ -56,6 +56,7 @@ func (s memberService) Join(ctx context.Context, req *memberv1.JoinRequest) (*me
 	if err != nil {
 		return nil, fmt.Errorf("reading the keyring: %w", err)
 	}
+	wipeAfter(ctx, keyring)
 	resp := &memberv1.JoinResponse{TrustDomain: s.cfg.TrustDomain.Name(), Keyring: keyring, Authorities: authorities}
 	for _, m := range s.cfg.State.Members() {
 		resp.Members = append(resp.Members, &memberv1.Peer{Id: m.ID, Address: m.Address})

@@ -111,6 +111,7 @@ func (s memberService) Keyring(ctx context.Context, _ *memberv1.KeyringRequest) 
 	if err != nil {
 		return nil, fmt.Errorf("reading the keyring: %w", err)
 	}
+	wipeAfter(ctx, plain)
 	s.cfg.Log.Info("data keys given to a member", "member", name)
 	return &memberv1.KeyringResponse{Keyring: plain}, nil
 }

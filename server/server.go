@@ -54,7 +54,7 @@ type Config struct {
 	Cluster Cluster
 
 	// Seal seals what is about to be replicated; Open opens an authority's key. Keyring returns the keyring in plain,
-	// for a new member only.
+	// for other members only; it is the caller's, who clears it once it is sent.
 	Seal    func(plaintext, ad []byte) ([]byte, error)
 	Open    func(identity.Authority) (crypto.Signer, error)
 	Keyring func() ([]byte, error)
@@ -167,7 +167,7 @@ func New(cfg Config) (*Server, error) {
 	// Whoever proved nothing gets little memory and little time.
 	s.guests = s.newGRPC(handshaken{}, maxGuestMessage, 2, keepalive.ServerParameters{
 		MaxConnectionIdle: 10 * time.Second, MaxConnectionAge: time.Minute, MaxConnectionAgeGrace: attestTime, Time: 10 * time.Second, Timeout: 5 * time.Second,
-	})
+	}, grpc.StatsHandler(wiper{}))
 	s.admin = s.newGRPC(localPeer{operator: cfg.operator}, maxAgentMessage, 64, keepalive.ServerParameters{})
 	for _, g := range []*grpc.Server{s.agents, s.guests} {
 		nodev1.RegisterNodeServer(g, nodeService{Server: s})
@@ -216,8 +216,8 @@ func (c *Config) check() error {
 	return errors.Join(errs...)
 }
 
-func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int, maxStreams uint32, ka keepalive.ServerParameters) *grpc.Server {
-	return grpc.NewServer(
+func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int, maxStreams uint32, ka keepalive.ServerParameters, more ...grpc.ServerOption) *grpc.Server {
+	return grpc.NewServer(append(more,
 		grpc.Creds(creds),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxConcurrentStreams(maxStreams),
@@ -229,7 +229,7 @@ func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int,
 		grpc.ReadBufferSize(4<<10),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
-	)
+	)...)
 }
 
 // Run serves until ctx ends or a part fails, then lets calls end. It runs Pods and CA too, which nobody else
