@@ -15,14 +15,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/audit"
-	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/config"
 	"countersign.io/countersign/identity"
 )
@@ -204,9 +200,10 @@ func (a *admin) auditStream(cmd *cobra.Command, q *adminv1.AuditQuery, f func(li
 	if err != nil {
 		return err
 	}
-	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	var failed requestID
+	conn, err := failed.dial(path)
 	if err != nil {
-		return fmt.Errorf("connecting to %s: %w", path, err)
+		return err
 	}
 	defer conn.Close()
 	ctx, cancel := context.WithCancel(cmd.Context())
@@ -226,10 +223,7 @@ func (a *admin) auditStream(cmd *cobra.Command, q *adminv1.AuditQuery, f func(li
 	if errors.Is(err, io.EOF) {
 		return nil
 	}
-	if err = api.FromStatus(err); errors.Is(err, identity.ErrUnavailable) {
-		return cli.Asking("member", path, "countersign server run, or countersign dev", err)
-	}
-	return err
+	return failed.explain(path, err)
 }
 
 // printRecord shows a line as it is, or what matters most of it to a person.

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -46,9 +48,10 @@ func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminCl
 	if err != nil {
 		return err
 	}
-	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	var failed requestID
+	conn, err := failed.dial(path)
 	if err != nil {
-		return fmt.Errorf("connecting to %s: %w", path, err)
+		return err
 	}
 	defer conn.Close()
 	ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
@@ -56,7 +59,74 @@ func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminCl
 	if a.stale {
 		ctx = metadata.AppendToOutgoingContext(ctx, server.MetadataStale, "true")
 	}
-	err = f(ctx, adminv1.NewAdminClient(conn))
+	return failed.explain(path, f(ctx, adminv1.NewAdminClient(conn)))
+}
+
+// requestID is the ID of the last call, if it failed: by it the member's records of the call are found.
+type requestID struct {
+	mu sync.Mutex
+	id string
+}
+
+// dial connects to a member's admin socket.
+func (r *requestID) dial(path string) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			var trailer metadata.MD
+			err := next(ctx, method, req, reply, cc, append(opts, grpc.Trailer(&trailer))...)
+			r.note(trailer, err)
+			return err
+		}),
+		grpc.WithStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			s, err := next(ctx, desc, cc, method, opts...)
+			return notedStream{s, r}, err
+		}))
+	if err != nil {
+		return nil, fmt.Errorf("connecting to %s: %w", path, err)
+	}
+	return conn, nil
+}
+
+func (r *requestID) note(trailer metadata.MD, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.id = ""
+	if ids := trailer.Get(server.RequestIDKey); err != nil && len(ids) == 1 {
+		r.id = ids[0]
+	}
+}
+
+// notedStream tells how its stream ended.
+type notedStream struct {
+	grpc.ClientStream
+	id *requestID
+}
+
+// RecvMsg notes the error that ends the stream.
+func (s notedStream) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	if err != nil && !errors.Is(err, io.EOF) {
+		s.id.note(s.Trailer(), err)
+	}
+	return err
+}
+
+// explain words the error of a call to the member at path.
+func (r *requestID) explain(path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	r.mu.Lock()
+	id := r.id
+	r.mu.Unlock()
+	err = unexplained(path, err)
+	if id == "" {
+		return err
+	}
+	return fmt.Errorf("%w (request ID %s)", err, id)
+}
+
+func unexplained(path string, err error) error {
 	if status.Code(err) == codes.Unimplemented {
 		return fmt.Errorf("%w: the member at %s runs a version that cannot do this: upgrade it, or ask one that can (%v)", identity.ErrPrecondition, path, err)
 	}
