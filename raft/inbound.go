@@ -95,7 +95,7 @@ func (t *transport) admit(conn *trackedConn, rpc hraft.RPC) bool {
 	if err == nil {
 		return true
 	}
-	if !conn.ended() {
+	if !conn.ended() && t.n.mux.warns(conn.peer) {
 		t.n.log.Warn("ending the raft connection of a member", "member", conn.peer, "remote", conn.RemoteAddr(), "error", err)
 	}
 	conn.Close()

@@ -31,13 +31,14 @@ type mux struct {
 
 	mu     sync.Mutex
 	conns  map[*trackedConn]struct{}
+	warned map[string]time.Time // when the log last had something of a member's connections
 	closed bool
 }
 
 var _ hraft.StreamLayer = (*mux)(nil)
 
 func newMux(n *Node) *mux {
-	return &mux{n: n, done: make(chan struct{}), conns: map[*trackedConn]struct{}{}}
+	return &mux{n: n, done: make(chan struct{}), conns: map[*trackedConn]struct{}{}, warned: map[string]time.Time{}}
 }
 
 // accept runs until the listener is closed.
@@ -90,8 +91,10 @@ func (m *mux) dispatch(conn *trackedConn) {
 	switch first[0] {
 	case connRaft:
 		if m.n.outcast(conn.peer) {
-			m.n.log.Warn("refusing the raft connection of a member that this cluster does not have; end that member",
-				"member", conn.peer, "remote", conn.RemoteAddr())
+			if m.warns(conn.peer) {
+				m.n.log.Warn("refusing the raft connection of a member that this cluster does not have; end that member",
+					"member", conn.peer, "remote", conn.RemoteAddr())
+			}
 			conn.Close()
 			return
 		}
@@ -247,10 +250,26 @@ func (m *mux) crowd(t *trackedConn) {
 		delete(m.conns, oldest) // at once: another may be counting next
 	}
 	m.mu.Unlock()
-	if count > maxPeerConns {
-		m.n.log.Warn("a member has too many connections to this one; ending the oldest", "member", t.peer, "limit", maxPeerConns)
-		oldest.Close()
+	if count <= maxPeerConns {
+		return
 	}
+	if m.warns(t.peer) {
+		m.n.log.Warn("a member has too many connections to this one; ending the oldest", "member", t.peer, "limit", maxPeerConns)
+	}
+	oldest.Close()
+}
+
+// warns tells whether the log is to have a word on a member's connections: every few seconds at most, or the member
+// could fill the disk with it.
+func (m *mux) warns(peer string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := time.Now()
+	if last, ok := m.warned[peer]; ok && now.Sub(last) < 10*time.Second {
+		return false
+	}
+	m.warned[peer] = now
+	return true
 }
 
 // trackedConn is a connection that the mux knows, accepted or dialed.
