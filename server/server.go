@@ -235,10 +235,11 @@ func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int,
 // Run serves until ctx ends or a part fails, then lets calls end. It runs Pods and CA too, which nobody else
 // may; the Listener has a Run of its own.
 func (s *Server) Run(ctx context.Context) error {
+	told := ctx // ends first: a listener that its owner closes at the same moment is no fault
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return ended(ctx, s.cfg.State.Watch(ctx, s.changed)) })
-	g.Go(func() error { return ended(ctx, s.cfg.Pods.Run(ctx, s.hub.podGone)) })
-	g.Go(func() error { return ended(ctx, s.cfg.CA.Run(ctx)) })
+	g.Go(func() error { return ended(told, s.cfg.State.Watch(ctx, s.changed)) })
+	g.Go(func() error { return ended(told, s.cfg.Pods.Run(ctx, s.hub.podGone)) })
+	g.Go(func() error { return ended(told, s.cfg.CA.Run(ctx)) })
 	g.Go(func() error { return s.watchReady(ctx) })
 	if s.cfg.Sealing.on() {
 		g.Go(func() error { return s.tendSeal(ctx) })
@@ -247,7 +248,7 @@ func (s *Server) Run(ctx context.Context) error {
 		srv *grpc.Server
 		on  net.Listener
 	}{{s.agents, s.cfg.Agents}, {s.guests, s.cfg.Guests}, {s.admin, s.cfg.Admin}} {
-		g.Go(func() error { return ended(ctx, x.srv.Serve(x.on)) })
+		g.Go(func() error { return ended(told, x.srv.Serve(x.on)) })
 	}
 	g.Go(func() error {
 		<-ctx.Done()
