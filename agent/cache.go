@@ -326,6 +326,13 @@ func (c *cache) attach(w *workload, s *stream) error {
 		return w.gone
 	}
 	w.streams = append(w.streams, s)
+	// Past half-life, and its timer went off when nobody was there to ask for it: served because no member could be asked, it
+	// must be renewed as soon as one can.
+	if now := time.Now(); w.flight == nil && w.live(now) && !now.Before(w.renewAt) {
+		if at := c.retryAt(w, now); at.Before(w.due) {
+			c.schedule(w, at)
+		}
+	}
 	c.streams++
 	return nil
 }

@@ -191,6 +191,34 @@ func TestRenewsOnceAMemberIsBack(t *testing.T) {
 	})
 }
 
+// TestStreamOpenedInAnOutageIsRenewed: past half-life nobody was there, so nothing was asked; whoever then comes while no
+// member can be asked is served what there is, and must not be left with it until it expires.
+func TestStreamOpenedInAnOutageIsRenewed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t)
+		a1 := c.memoryMember("a")
+		c.grant("web", web())
+		cfg := c.config()
+		cfg.Servers = append(cfg.Servers, "b:1")
+		a := run(t, cfg)
+		current(t, a.Agent, caller("web"))
+		time.Sleep(40 * time.Minute) // its timer has gone off, and waits for the end
+		a1.stop()
+		synctest.Wait()
+		w := watchUpdates(t, a.Agent, caller("web"))
+		<-w.got
+		if n := asked(c, "web"); n != 1 {
+			t.Fatalf("asked %d times", n)
+		}
+		began := time.Now()
+		c.memoryMember("b")
+		<-w.got
+		if d := time.Since(began); d > 5*time.Minute {
+			t.Errorf("renewed %v after a member was back", d)
+		}
+	})
+}
+
 func TestChangedButNobodyConfirms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t)
