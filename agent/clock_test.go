@@ -212,7 +212,14 @@ func TestStreamOpenedInAnOutageIsRenewed(t *testing.T) {
 		}
 		began := time.Now()
 		c.memoryMember("b")
-		<-w.got
+		select {
+		case <-w.got:
+		case err := <-w.done:
+			w.done <- err
+			t.Fatalf("never renewed: %v", err)
+		case <-time.After(time.Hour):
+			t.Fatal("never renewed")
+		}
 		if d := time.Since(began); d > 5*time.Minute {
 			t.Errorf("renewed %v after a member was back", d)
 		}
