@@ -19,6 +19,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Cluster is a trust domain's processes under one folder. Its methods are for one goroutine, but for Process's own.
@@ -71,20 +73,38 @@ func Build(ctx context.Context, root, dir string, race bool) error {
 	return nil
 }
 
-// FreeAddress picks a loopback address that nobody listens on right now. It is below the ports that the kernel gives to
-// connections (from 32768 on): one of those may be taken again before its listener is up, or while that restarts.
+// FreeAddress picks a loopback address that nobody listens on right now, and that no other call of it, in any process, picks
+// while this process lives: a UDP socket of the same number, which nothing else here uses, is held to the process's end. The
+// port is below those that the kernel gives to connections (from 32768 on): one of those may be taken again before its
+// listener is up, or while that restarts.
 func FreeAddress() (string, error) {
 	var last error
 	for range 100 {
-		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", 10000+rand.IntN(22000)))
+		port := 10000 + rand.IntN(22000)
+		l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
 		if err != nil {
 			last = err
 			continue
 		}
-		defer l.Close()
-		return l.Addr().String(), nil
+		l.Close()
+		if last = hold(port); last == nil {
+			return l.Addr().String(), nil
+		}
 	}
 	return "", fmt.Errorf("finding a free port: %w", last)
+}
+
+// hold binds a UDP socket that is never closed, nor garbage.
+func hold(port int) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("holding port %d: %w", port, err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		unix.Close(fd)
+		return fmt.Errorf("holding port %d: %w", port, err)
+	}
+	return nil
 }
 
 // StartMember starts the next member: the first bootstraps, the others join by a token of the first live one.
