@@ -62,6 +62,8 @@ type CA struct {
 	mu       sync.Mutex // held while state is remade
 	want     wanted     // guarded by mu
 	failures int        // of remaking in a row; guarded by mu
+
+	endpoint endpoint
 }
 
 // wanted is what SetAuthorities was last told.

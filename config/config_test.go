@@ -46,6 +46,24 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
+func TestPublicDefaults(t *testing.T) {
+	for yaml, want := range map[string]string{
+		"public: {listen: '0.0.0.0:443'}\nadvertise: ca-1.example.org:8443":                   "https://ca-1.example.org",
+		"public: {listen: ':8444'}\nadvertise: '[2001:db8::1]:8443'":                          "https://[2001:db8::1]:8444",
+		"public: {listen: '192.0.2.1:8444'}\nadvertise: ca-1.example.org:8443":                "https://192.0.2.1:8444",
+		"public: {listen: ':443', url: 'https://ca.example.org/'}\nadvertise: x.example:8443": "https://ca.example.org",
+	} {
+		s, err := ParseServer("x", []byte(goodServer+yaml))
+		if err != nil || s.Public.URL != want || s.Federation.RefreshHint != 5*time.Minute {
+			t.Errorf("%s: %q, %v", yaml, s.Public.URL, err)
+		}
+	}
+	s, err := ParseServer("x", []byte(goodServer+"public: {listen: ':443', url: 'https://ca.example.org', tls: {acme: {}}, spiffe_listen: ':444'}\nadvertise: a.example:1"))
+	if err != nil || len(s.Public.TLS.ACME.Hosts) != 1 || s.Public.TLS.ACME.Hosts[0] != "ca.example.org" || s.Public.SPIFFEURL != "https://a.example:444" {
+		t.Errorf("%+v, %v", s.Public, err)
+	}
+}
+
 func TestServerFaults(t *testing.T) {
 	for name, c := range map[string]struct {
 		yaml string
@@ -69,6 +87,11 @@ func TestServerFaults(t *testing.T) {
 		"jwt algorithm":         {goodServer + "ca: {jwt_algorithm: none}\n", []string{"ES256 or RS256"}},
 		"ttl beyond a day":      {goodServer + "x509_ttl: 25h\n", []string{"x509_ttl is 25h"}},
 		"log":                   {goodServer + "log: {level: loud, format: xml}\n", []string{"log.level", "log.format"}},
+		"public URL alone":      {goodServer + "public: {url: 'https://x.org'}\n", []string{"public.url without public.listen"}},
+		"public URLs":           {goodServer + "public: {listen: ':443', url: 'http://u:secret@x.org', spiffe_listen: ':444', spiffe_url: 'https://x.org/path'}\n", []string{"public.url", "public.spiffe_url", "paths of its own", "public.spiffe_listen: public.listen shows the SVID already"}},
+		"public certificates":   {goodServer + "public: {listen: ':443', tls: {cert_file: a, key_file: b, acme: {hosts: ['1.2.3.4', '*.x.org'], directory: 'http://x'}}}\n", []string{"cert_file \"a\"", "not both", "acme.hosts \"1.2.3.4\"", "acme.hosts \"*.x.org\"", "acme.directory"}},
+		"half a certificate":    {goodServer + "public: {tls: {cert_file: /a}}\n", []string{"go together", "without public.listen"}},
+		"refresh hint":          {goodServer + "federation: {refresh_hint: 1ms, web_ca_file: x}\n", []string{"federation.refresh_hint is 1ms", "federation.web_ca_file"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := ParseServer("file.yaml", []byte(c.yaml))

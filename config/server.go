@@ -34,6 +34,8 @@ type Server struct {
 	Audit         Audit         `yaml:"audit"`
 	Backup        Backup        `yaml:"backup"`
 	X509Pop       X509Pop       `yaml:"x509pop"`
+	Public        Public        `yaml:"public"`
+	Federation    Federation    `yaml:"federation"`
 	Log           Log           `yaml:"log"`
 }
 
@@ -193,6 +195,8 @@ func (c *Server) complete() {
 		c.Backup.Keep = 7
 	}
 	def(&c.Backup.Key, c.Seal.Key)
+	c.Public.complete(c.Advertise)
+	defDuration(&c.Federation.RefreshHint, identity.DefaultRefreshHint)
 	c.Log.complete()
 }
 
@@ -255,6 +259,11 @@ func (c *Server) Check() error {
 	f.uri("backup.key", c.Backup.Key)
 	if c.X509Pop.CAFile == "" && c.X509Pop.KubeCluster != "" {
 		f.add("x509pop.kube_cluster without x509pop.ca_file")
+	}
+	c.Public.check(&f)
+	f.ttl("federation.refresh_hint", c.Federation.RefreshHint, time.Second, 24*time.Hour)
+	if c.Federation.WebCAFile != "" {
+		f.absolute("federation.web_ca_file", c.Federation.WebCAFile)
 	}
 	f.log(c.Log)
 	return errors.Join(f.errs...)

@@ -77,6 +77,7 @@ type member struct {
 	admin   net.Listener
 	node    *raft.Node
 	server  *server.Server
+	public  public
 	backups *schedule // nil: none are configured
 	closers []io.Closer
 
@@ -119,6 +120,7 @@ func (m *member) serve(ctx context.Context, ready func()) (err error) {
 	if err := m.alone(ctx); err != nil {
 		return err
 	}
+	m.runPublic(context.WithoutCancel(ctx))
 	m.serving.Store(m.server)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.server.Run(ctx) })
@@ -168,7 +170,7 @@ func (m *member) listen() error {
 	c := m.c
 	var err error
 	if c.X509Pop.CAFile != "" {
-		if m.popRoots, err = loadRoots(c.X509Pop.CAFile); err != nil {
+		if m.popRoots, err = rootsIn("x509pop.ca_file", c.X509Pop.CAFile); err != nil {
 			return err
 		}
 	}
@@ -187,7 +189,7 @@ func (m *member) listen() error {
 		return err
 	}
 	m.closers = append(m.closers, ignoreClosed(m.admin))
-	return nil
+	return m.listenPublic()
 }
 
 // open makes everything that needs no other member but for joining.
@@ -322,14 +324,15 @@ func (m *member) whenReady(ctx context.Context, ready func()) error {
 	return nil
 }
 
-func loadRoots(path string) (*x509.CertPool, error) {
+// rootsIn reads the PEM certificates of a setting's file.
+func rootsIn(field, path string) (*x509.CertPool, error) {
 	raw, err := readInput(path)
 	if err != nil {
-		return nil, fmt.Errorf("reading x509pop.ca_file: %w", err)
+		return nil, fmt.Errorf("reading %s: %w", field, err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(raw) {
-		return nil, fmt.Errorf("%w: x509pop.ca_file %s holds no PEM certificate", identity.ErrInvalid, path)
+		return nil, fmt.Errorf("%w: %s %s holds no PEM certificate", identity.ErrInvalid, field, path)
 	}
 	return pool, nil
 }
