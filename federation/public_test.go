@@ -118,7 +118,9 @@ func TestPublicCrowd(t *testing.T) {
 	}
 	c.mu.Unlock()
 
+	c.mu.Lock()
 	c.most, c.perAddress = 10, 1
+	c.mu.Unlock()
 	dial()
 	second, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
