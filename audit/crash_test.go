@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 const crashEnv = "COUNTERSIGN_AUDIT_CRASH_DIR"
@@ -29,7 +30,7 @@ func TestMain(m *testing.M) {
 
 // recordForever tells the number of each event once it is recorded.
 func recordForever(dir string) error {
-	l, err := New(Config{Member: "m1", Dir: dir, Reserve: MaxLine, MaxSize: MaxLine})
+	l, err := New(Config{Member: "m1", Dir: dir, Reserve: MaxLine, MaxSize: MaxLine, Deadline: time.Minute})
 	if err != nil {
 		return err
 	}

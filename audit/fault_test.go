@@ -23,8 +23,9 @@ type faulty struct {
 	err     error // of a write or a sync
 	partial int   // bytes that a failing write writes
 	onSync  bool
-	room    int64 // bytes that may be written yet; < 0: any number
+	room    int64 // bytes that may be written yet, if limited
 	limited bool
+	reserve string // the file that gives its room when it goes, as on a real disk; "" once it has
 	gate    chan struct{}
 	noOpen  bool
 }
@@ -70,6 +71,7 @@ func (d *faultyFile) Write(p []byte) (int, error) {
 	d.f.mu.Lock()
 	defer d.f.mu.Unlock()
 	if d.f.limited {
+		d.f.regain()
 		if int64(len(p)) > d.f.room {
 			n, _ := d.disk.Write(p[:d.f.room])
 			return n, syscall.ENOSPC
@@ -81,6 +83,22 @@ func (d *faultyFile) Write(p []byte) (int, error) {
 		return n, d.f.err
 	}
 	return d.disk.Write(p)
+}
+
+// regain gives the room of a reserve that is gone; f.mu is held.
+func (f *faulty) regain() {
+	if _, err := os.Lstat(f.reserve); f.reserve != "" && errors.Is(err, os.ErrNotExist) {
+		f.room, f.reserve = f.room+4000, ""
+	}
+}
+
+func (d *faultyFile) Allocate(size int64) error {
+	d.f.mu.Lock()
+	defer d.f.mu.Unlock()
+	if d.f.limited && size > d.f.room {
+		return syscall.ENOSPC
+	}
+	return d.disk.Allocate(size)
 }
 
 func (d *faultyFile) Sync() error {
@@ -147,7 +165,7 @@ func TestDiskFails(t *testing.T) {
 func TestHungSync(t *testing.T) {
 	dir := privateDir(t)
 	f := &faulty{}
-	l := start(t, dir, func(c *Config) { c.open, c.Deadline = f.open, 50*time.Millisecond })
+	l := start(t, dir, func(c *Config) { c.open, c.Deadline = f.open, 500*time.Millisecond })
 	f.hang()
 	var wg sync.WaitGroup
 	for i := range 3 {
@@ -219,18 +237,8 @@ func TestFullDisk(t *testing.T) {
 	f := &faulty{}
 	l := start(t, dir, func(c *Config) { c.open = f.open })
 	record(t, l.Log, 2)
-	f.set(func() { f.limited, f.room = true, 100 })
 	reserve := filepath.Join(dir, reserveName)
-	// The fake disk gives room when the reserve goes, as a real one does.
-	go func() {
-		for {
-			if _, err := os.Stat(reserve); err != nil {
-				f.set(func() { f.room = 4000 })
-				return
-			}
-			time.Sleep(time.Millisecond)
-		}
-	}()
+	f.set(func() { f.limited, f.room, f.reserve = true, 100, reserve })
 	if err := l.Record(context.Background(), event(1)); !errors.Is(err, identity.ErrUnavailable) {
 		t.Fatalf("recorded: %v", err)
 	}
@@ -238,6 +246,7 @@ func TestFullDisk(t *testing.T) {
 		t.Fatalf("ready: %v", err)
 	}
 	l.Note("PermissionDenied", Event{Action: IssueX509, Outcome: Refused, Reason: "on a full disk"})
+	eventually(t, "the refusal is recorded in the reserve's room", func() bool { return len(l.durable(t, IssueX509)) == 3 })
 	f.set(func() { f.limited = false })
 	eventually(t, "it goes on by itself", func() bool { return l.Ready() == nil })
 	record(t, l.Log, 1)

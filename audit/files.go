@@ -45,6 +45,7 @@ type disk interface {
 	io.Writer
 	Sync() error
 	Truncate(size int64) error
+	Allocate(size int64) error // room for so many bytes from the start, read as zeros where nothing is written
 	Close() error
 }
 
@@ -52,6 +53,19 @@ type osFile struct{ *os.File }
 
 // Sync leaves out what nobody reads, such as the time of the change.
 func (f osFile) Sync() error { return unix.Fdatasync(int(f.Fd())) }
+
+// Allocate writes the zeros where the file system cannot do without.
+func (f osFile) Allocate(size int64) error {
+	err := unix.Fallocate(int(f.Fd()), 0, 0, size)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		_, err = io.CopyN(f.File, zeros{}, size)
+	}
+	return err
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 // files is the log on disk: a folder of its own.
 //
@@ -304,16 +318,12 @@ func (s *files) takeReserve() error {
 	if info, err := os.Lstat(path); err == nil && info.Size() == s.reserve {
 		return nil
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	f, err := s.open(path, os.O_WRONLY|os.O_CREATE)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	err = unix.Fallocate(int(f.Fd()), 0, 0, s.reserve+margin)
-	if errors.Is(err, unix.EOPNOTSUPP) {
-		_, err = io.CopyN(f, zeros{}, s.reserve+margin)
-	}
-	if err == nil {
+	if err = f.Allocate(s.reserve + margin); err == nil {
 		err = f.Truncate(s.reserve)
 	}
 	if err == nil {
@@ -325,10 +335,6 @@ func (s *files) takeReserve() error {
 	}
 	return nil
 }
-
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 func (s *files) freeReserve() { os.Remove(filepath.Join(s.dir, reserveName)) }
 

@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-const patience = 20 * time.Second // for what must happen; never what a test waits for when all is well
+const patience = time.Minute // for what must happen; never what a test waits for when all is well
 
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
@@ -162,6 +162,19 @@ func lines(t testing.TB, dir string) (out [][]byte) {
 				out = append(out, l)
 			}
 		}
+	}
+	return out
+}
+
+// durable are the records of an action that a running log has: its files may be in the middle of a write, or go.
+func (r *running) durable(t testing.TB, a Action) (out []*Record) {
+	t.Helper()
+	if err := r.Query(context.Background(), Query{Filter: Filter{Actions: []Action{a}}}, func(line []byte) error {
+		rec, err := Parse(line)
+		out = append(out, rec)
+		return err
+	}); err != nil {
+		t.Fatal(err)
 	}
 	return out
 }

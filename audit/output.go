@@ -156,20 +156,28 @@ func (o *output) run(ctx context.Context) {
 	}
 }
 
-// wrote confirms a batch.
+// wrote confirms a batch. What the sink missed is noted before it counts as caught up: who waits for that may then end the log.
 func (o *output) wrote(b *batch) {
 	o.mu.Lock()
+	was, lost := o.problem, o.lost
+	if len(o.queue) > 1 {
+		lost = span{} // told once it has caught up
+	}
+	again := was != nil || lost.first > 0
+	if again {
+		o.noteRecovery(was, lost)
+	}
 	o.queue = o.queue[1:]
 	o.bytes -= b.bytes
-	was, lost := o.problem, o.lost
 	if len(o.queue) == 0 {
 		o.queue = nil // or what was handed over would stay in memory
 		o.lost = span{}
-	} else {
-		lost = span{} // told once it has caught up
 	}
 	o.problem = nil
 	o.mu.Unlock()
+	if again {
+		o.l.cfg.Log.Info("an audit sink takes records again", "sink", o.Name, "missed_from", lost.first, "missed_to", lost.last)
+	}
 	if o.Required {
 		o.l.mu.Lock()
 		for _, c := range b.calls {
@@ -177,10 +185,10 @@ func (o *output) wrote(b *batch) {
 		}
 		o.l.mu.Unlock()
 	}
-	if was == nil && lost.first == 0 {
-		return
-	}
-	o.l.cfg.Log.Info("an audit sink takes records again", "sink", o.Name, "missed_from", lost.first, "missed_to", lost.last)
+}
+
+// noteRecovery is called with o.mu held; the log's own lock is inside of it.
+func (o *output) noteRecovery(was error, lost span) {
 	e := Event{Action: LogRecovered, Outcome: OK, Who: Who{Kind: "self"}, Details: Details{{"sink", o.Name}}}
 	if was != nil {
 		e.Reason = was.Error()

@@ -83,11 +83,11 @@ func TestOutputsGetWhatTheFilesHave(t *testing.T) {
 	}
 }
 
-// TestRequiredSinkHangs: nothing is decided, nobody waits for longer than the deadline, and the member stops in time.
+// TestRequiredSinkHangs: nothing is decided, nobody waits for longer than the deadline.
 func TestRequiredSinkHangs(t *testing.T) {
 	dir, s := privateDir(t), &fakeSink{}
 	l := start(t, dir, func(c *Config) {
-		c.Deadline, c.stopTime = 50*time.Millisecond, 50*time.Millisecond
+		c.Deadline = 500 * time.Millisecond
 		c.Outputs = []Output{{Name: "fake", Required: true, Sink: s}}
 	})
 	gate := make(chan struct{})
@@ -97,7 +97,7 @@ func TestRequiredSinkHangs(t *testing.T) {
 	}
 	eventually(t, "it says so", func() bool { return l.Ready() != nil })
 	// What got into the files all the same is withdrawn.
-	eventually(t, "the record is withdrawn", func() bool { return len(find(t, dir, LogWithdrawn)) == 1 })
+	eventually(t, "the record is withdrawn", func() bool { return len(l.durable(t, LogWithdrawn)) == 1 })
 	// Memory is bounded, however many come.
 	big := event(2)
 	big.Reason = strings.Repeat("x", maxReason)
@@ -129,7 +129,7 @@ func TestRequiredSinkHangs(t *testing.T) {
 func TestRequiredSinkFails(t *testing.T) {
 	dir, s := privateDir(t), &fakeSink{}
 	l := start(t, dir, func(c *Config) {
-		c.Deadline = 50 * time.Millisecond
+		c.Deadline = 500 * time.Millisecond
 		c.Outputs = []Output{{Name: "fake", Required: true, Sink: s}}
 	})
 	s.set(func() { s.err = errors.New("no route") })
@@ -170,9 +170,7 @@ func TestBestEffortSinkFails(t *testing.T) {
 	if err := l.Ready(); err != nil {
 		t.Fatal(err)
 	}
-	if d := l.Degraded(); len(d) != 1 || !strings.Contains(d[0], "no route") {
-		t.Errorf("degraded: %v", d)
-	}
+	eventually(t, "it says so", func() bool { d := l.Degraded(); return len(d) == 1 && strings.Contains(d[0], "no route") })
 	s.set(func() { s.err = nil })
 	eventually(t, "it has caught up", func() bool { return len(l.Degraded()) == 0 && l.outputs[0].idle() })
 	l.stop()
@@ -312,10 +310,12 @@ func TestSyslog(t *testing.T) {
 	col := newCollector(t, "logs.test")
 	dir := privateDir(t)
 	l := start(t, dir, func(c *Config) {
-		c.Deadline = 200 * time.Millisecond
+		c.Deadline = time.Second
 		c.Outputs = []Output{{Name: "syslog", Required: true, Sink: col.sink(t, "logs.test", col.cert.Leaf)}}
 	})
-	record(t, l.Log, 20)
+	for i := range 20 {
+		eventually(t, "it is recorded, however long the first handshake takes", func() bool { return l.Record(context.Background(), event(i)) == nil })
+	}
 	eventually(t, "they arrive", func() bool { return len(col.messages()) >= 21 })
 	v := NewVerifier(VerifyConfig{Collected: true})
 	for i, m := range col.messages() {
