@@ -183,6 +183,13 @@ func (u *upper) set(f func()) {
 	u.poke()
 }
 
+// signings is how often it signed.
+func (u *upper) signings() int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.signed
+}
+
 func (u *upper) poke() {
 	select {
 	case u.wake <- struct{}{}:
@@ -318,7 +325,7 @@ func TestAuthorityIsRenewedAtHalfLife(t *testing.T) {
 	first := w.x509By(identity.AuthorityActive).ID
 	w.pass(4 * 24 * time.Hour)
 	eventually(t, "the leader looked", func() bool { return len(w.srv.upstreamWake) == 0 })
-	if u.signed != 1 {
+	if u.signings() != 1 {
 		t.Fatal("it was renewed before half its life")
 	}
 	w.pass(30 * time.Hour)
@@ -336,7 +343,7 @@ func TestNewRootIsOutBeforeItIsUsed(t *testing.T) {
 	w, u := newUpperWorld(t)
 	w.start(t)
 	first := w.x509By(identity.AuthorityActive).ID
-	u.jwt = []identity.JWTKey{}
+	u.set(func() { u.jwt = []identity.JWTKey{} })
 	u.rotate(t)
 	eventually(t, "an authority is prepared below the new root", func() bool { return w.x509By(identity.AuthorityPrepared) != nil })
 	next := w.x509By(identity.AuthorityPrepared).ID
@@ -354,8 +361,8 @@ func TestNewRootIsOutBeforeItIsUsed(t *testing.T) {
 	if n := len(w.state.Bundle().X509); n != 2 {
 		t.Errorf("%d roots in the bundle", n)
 	}
-	if u.signed != 2 {
-		t.Errorf("the upstream signed %d times", u.signed)
+	if n := u.signings(); n != 2 {
+		t.Errorf("the upstream signed %d times", n)
 	}
 }
 
@@ -375,11 +382,7 @@ func TestContraryUpstreamIsNotAskedAllTheTime(t *testing.T) {
 	w, u := newUpperWorld(t)
 	w.srv.cfg.Upstream = contrary{u, newUpper(t, nil)}
 	w.start(t)
-	signed := func() int {
-		u.mu.Lock()
-		defer u.mu.Unlock()
-		return u.signed
-	}
+	signed := u.signings
 	for range 3 { // each time that it may be asked again
 		before := signed()
 		eventually(t, "it is asked again", func() bool {
