@@ -243,11 +243,21 @@ func (c *cluster) join(name string) *member {
 	c.members = append(c.members, m)
 	c.start(m, len(c.members) == 1)
 	if len(c.members) > 1 {
-		if err := c.members[0].AddMember(within(c.t), name, m.address); err != nil {
-			c.t.Fatal(err)
-		}
+		c.add(c.members[0], name, m.address)
 	}
 	return m
+}
+
+// add adds a member by way of another, as often as a starved machine changes leaders meanwhile: twice is once.
+func (c *cluster) add(via *member, name, address string) {
+	c.t.Helper()
+	err := via.AddMember(within(c.t), name, address)
+	for errors.Is(err, ErrUnknownOutcome) {
+		err = via.AddMember(within(c.t), name, address)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
 }
 
 func (c *cluster) voting(want int) {

@@ -162,9 +162,7 @@ func TestShutOut(t *testing.T) {
 		}
 	}
 	c.propose(rest[1], "x")
-	if err := rest[0].AddMember(within(t), m.name, m.address); err != nil {
-		t.Fatal(err)
-	}
+	c.add(rest[0], m.name, m.address)
 	c.start(m, false)
 	c.members = append(rest, m)
 	c.voting(4)

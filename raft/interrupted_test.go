@@ -173,16 +173,22 @@ func TestUnreadSnapshotDamaged(t *testing.T) {
 	logged := &syncBuffer{}
 	c := newCluster(t, 1, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(logged, nil)) })
 	m := c.members[0]
-	c.propose(m, "a")
-	if err := m.raft.Snapshot().Error(); err != nil {
-		t.Fatal(err)
-	}
+	i := 0
+	eventually(t, "a snapshot that ends with an entry of the machine's", func() bool { // and not with the barrier of a new leader
+		c.propose(m, fmt.Sprint(i))
+		i++
+		if err := m.raft.Snapshot().Error(); err != nil {
+			t.Fatal(err)
+		}
+		applied, err := m.machine.AppliedIndex()
+		return err == nil && applied == m.raft.LastIndex()
+	})
 	m.Close() // the state stays
 	flipSnapshot(t, m)
 	c.start(m, false)
 	eventually(t, "the damage is named", func() bool {
 		return strings.Contains(logged.String(), "a snapshot is damaged on disk") && strings.Contains(logged.String(), "CRC mismatch")
 	})
-	c.propose(m, "b")
-	c.same("a", "b")
+	c.propose(m, "last")
+	c.same("0", "last")
 }

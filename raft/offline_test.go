@@ -90,9 +90,7 @@ func TestRecover(t *testing.T) {
 		o.machine = &machine{}
 		c.members = append(c.members, o)
 		c.start(o, false)
-		if err := m.AddMember(within(t), o.name, o.address); err != nil {
-			t.Fatal(err)
-		}
+		c.add(m, o.name, o.address)
 	}
 	c.voting(3)
 	c.propose(rest[1], "three again")

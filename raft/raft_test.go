@@ -443,9 +443,7 @@ func TestAddressChange(t *testing.T) {
 	m.Close()
 	m.address = ""
 	c.start(m, false)
-	if err := c.leader().AddMember(within(t), m.name, m.address); err != nil {
-		t.Fatal(err)
-	}
+	c.add(c.leader(), m.name, m.address)
 	c.voting(3)
 	c.propose(m, "moved")
 	c.same("moved")
