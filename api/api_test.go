@@ -73,6 +73,7 @@ func TestEntryGoesThereAndBack(t *testing.T) {
 		ID: "1", Selectors: []identity.Selector{"k8s:ns:a"}, SPIFFEID: "spiffe://example.org/x", X509TTL: time.Hour, JWTTTL: time.Minute,
 		DNSNames: []string{"a.b"}, Hint: "h", FederatesWith: []string{"o.org"}, Admin: true, ExpiresAt: time.Unix(5, 0).UTC(), Revision: 9,
 	}
+	e.AdminRole = identity.AdminReader
 	for _, e.Downstream = range []bool{false, true} {
 		got, err := EntryFromWire(EntryToWire(e))
 		if err != nil || !reflect.DeepEqual(got, e) {

@@ -16,6 +16,8 @@ import (
 // ALPN protocol names that tell apart what shares the one TLS port. gRPC itself is "h2".
 const (
 	ALPNRaft = "countersign-raft/1"
+	// ALPNAdmin is gRPC for an admin who shows an SVID: see docs/ADMIN.md.
+	ALPNAdmin = "countersign-admin/1"
 )
 
 // BundleToWire converts a bundle.
@@ -82,7 +84,7 @@ func X509SVIDFromWire(s *workloadv1.X509SVID, issuer [][]byte) (identity.X509SVI
 func EntryToWire(e *identity.Entry) *adminv1.Entry {
 	out := &adminv1.Entry{
 		Id: e.ID, SpiffeId: e.SPIFFEID, DnsNames: e.DNSNames, Hint: e.Hint, FederatesWith: e.FederatesWith,
-		Admin: e.Admin, Downstream: e.Downstream, Revision: e.Revision, Selectors: SelectorsToWire(e.Selectors),
+		Admin: e.Admin, AdminRole: string(e.AdminRole), Downstream: e.Downstream, Revision: e.Revision, Selectors: SelectorsToWire(e.Selectors),
 		ExpiresAt: TimeToWire(e.ExpiresAt), CreatedAt: TimeToWire(e.CreatedAt),
 	}
 	if e.X509TTL != 0 {
@@ -102,7 +104,7 @@ func EntryFromWire(e *adminv1.Entry) (*identity.Entry, error) {
 	}
 	return &identity.Entry{
 		ID: e.Id, Selectors: sel, SPIFFEID: e.SpiffeId, X509TTL: e.X509Ttl.AsDuration(), JWTTTL: e.JwtTtl.AsDuration(),
-		DNSNames: e.DnsNames, Hint: e.Hint, FederatesWith: e.FederatesWith, Admin: e.Admin, Downstream: e.Downstream,
+		DNSNames: e.DnsNames, Hint: e.Hint, FederatesWith: e.FederatesWith, Admin: e.Admin, AdminRole: identity.AdminRole(e.AdminRole), Downstream: e.Downstream,
 		ExpiresAt: TimeFromWire(e.ExpiresAt), Revision: e.Revision,
 	}, nil
 }

@@ -115,6 +115,7 @@ func appendWho(b []byte, w *Who) []byte {
 	b = appendOptional(b, "serial", w.Serial, maxShort)
 	b = appendOptional(b, "addr", w.Address, maxShort)
 	b = appendOptional(b, "uid", w.UID, maxShort)
+	b = appendOptional(b, "role", w.Role, maxShort)
 	b[at] = '{' // in place of the first comma
 	return append(b, '}')
 }

@@ -15,6 +15,8 @@ const (
 	IssueX509       Action = "issue.x509"
 	IssueJWT        Action = "issue.jwt"
 	IssueDownstream Action = "issue.downstream" // an authority of a cluster below
+	MintX509        Action = "mint.x509"        // by an admin's decision, without evidence
+	MintJWT         Action = "mint.jwt"
 	PublishKeys     Action = "downstream.publish_keys"
 	AttestNode      Action = "agent.attest"
 	RenewAgent      Action = "agent.renew"
@@ -59,11 +61,12 @@ const (
 
 // Who is the one who asked. What is empty is not known.
 type Who struct {
-	Kind    string `json:"kind,omitempty"`   // guest, workload, agent, member, operator; self: the member
+	Kind    string `json:"kind,omitempty"`   // guest, workload, agent, member, operator (on the socket), admin (by an SVID); self: the member
 	ID      string `json:"id,omitempty"`     // SPIFFE ID
 	Serial  string `json:"serial,omitempty"` // of the certificate that it showed, in hex
 	Address string `json:"addr,omitempty"`   // host:port of its connection
 	UID     string `json:"uid,omitempty"`    // of an operator, in decimal
+	Role    string `json:"role,omitempty"`   // of an admin, at that time
 }
 
 // proven reports whether the caller is someone we know: what those send is bounded by who they are.

@@ -56,7 +56,7 @@ func TestHostileTexts(t *testing.T) {
 			many[i] = s
 		}
 		line := encode(Event{
-			Action: Action(s), Outcome: Outcome(s), RequestID: s, Who: Who{s, s, s, s, s}, Subjects: many, Workload: many, Entry: s, Serial: s, Audience: many, Reason: s,
+			Action: Action(s), Outcome: Outcome(s), RequestID: s, Who: Who{s, s, s, s, s, s}, Subjects: many, Workload: many, Entry: s, Serial: s, Audience: many, Reason: s,
 			Details: Details{{"a", s}, {"b", s}, {"b", "twice"}, {s, "not a key"}, {"", "nor this"}},
 		}, nil)
 		if len(line) >= MaxLine || bytes.ContainsAny(line, "\n\x00\x1b\x7f") || !utf8.Valid(line) {

@@ -34,6 +34,7 @@ func CheckEntry(td spiffeid.TrustDomain, e *Entry) error {
 	if t, err := ParseTemplate(e.SPIFFEID); e.Downstream && err == nil && len(t.Names()) > 0 {
 		bad("SPIFFE ID %q of a downstream entry has placeholders: one identity gets a certificate authority, so write its ID out", e.SPIFFEID)
 	}
+	checkPower(e, bad)
 	if len(e.DNSNames) > MaxDNSNames {
 		bad("%d DNS names: at the most %d", len(e.DNSNames), MaxDNSNames)
 	}

@@ -78,7 +78,8 @@ type Entry struct {
 	DNSNames      []string      `json:"dns_names,omitempty"` // each a Template
 	Hint          string        `json:"hint,omitempty"`
 	FederatesWith []string      `json:"federates_with,omitempty"` // trust domain names
-	Admin         bool          `json:"admin,omitempty"`
+	Admin         bool          `json:"admin,omitempty"`          // see Power
+	AdminRole     AdminRole     `json:"admin_role,omitempty"`
 	// Downstream: whoever has this identity may ask for a certificate authority below ours, as a CA cluster of the same
 	// trust domain does. Its SPIFFE ID has no placeholders.
 	Downstream bool      `json:"downstream,omitempty"`

@@ -140,6 +140,12 @@ func TestCheckEntry(t *testing.T) {
 		"long hint":          {func(e *Entry) { e.Hint = strings.Repeat("h", MaxHintBytes+1) }, "hint"},
 		"bad federation":     {func(e *Entry) { e.FederatesWith = []string{"Not/One"} }, "federates_with"},
 		"downstream":         {func(e *Entry) { e.Downstream, e.SPIFFEID = true, "spiffe://example.org/{k8s:ns}/ca" }, "placeholders"},
+		"admin template":     {func(e *Entry) { e.Admin, e.SPIFFEID = true, "spiffe://example.org/{k8s:ns}/admin" }, "placeholders"},
+		"role template":      {func(e *Entry) { e.AdminRole, e.SPIFFEID = AdminReader, "spiffe://example.org/{k8s:ns}/admin" }, "placeholders"},
+		"no role":            {func(e *Entry) { e.AdminRole, e.SPIFFEID = "root", "spiffe://example.org/admin" }, "want reader, operator or security"},
+		"two roles":          {func(e *Entry) { e.Admin, e.AdminRole, e.SPIFFEID = true, AdminReader, "spiffe://example.org/admin" }, "leave one of the two out"},
+		"admin by token":     {func(e *Entry) { adminBy(e, "agent:kind:join_token", "unix:uid:0") }, "rest on a join token"},
+		"admin by node":      {func(e *Entry) { adminBy(e, "agent:kube-node:n", "agent:kube-cluster:c") }, "rest on a join token"},
 		"own federation":     {func(e *Entry) { e.FederatesWith = []string{"example.org"} }, "own trust domain"},
 	} {
 		e := good
@@ -152,6 +158,55 @@ func TestCheckEntry(t *testing.T) {
 	two.Hint, two.X509TTL = strings.Repeat("h", MaxHintBytes+1), time.Second
 	if err := CheckEntry(td(), &two); !strings.Contains(err.Error(), "hint") || !strings.Contains(err.Error(), "x509_ttl") {
 		t.Errorf("two faults, not both told: %v", err)
+	}
+}
+
+func adminBy(e *Entry, selectors ...Selector) {
+	e.AdminRole, e.SPIFFEID, e.Selectors = AdminOperator, "spiffe://example.org/admin", SortSelectors(selectors)
+}
+
+func TestAdminEntries(t *testing.T) {
+	for _, by := range [][]Selector{{"k8s:ns:ops"}, {"agent:id:spiffe://example.org/countersign/agent/join/x", "unix:uid:0"}, {"agent:kind:x509pop", "unix:uid:0"}, {"agent:x509-cn:host", "unix:uid:0"}} {
+		e := Entry{ID: "e"}
+		adminBy(&e, by...)
+		if err := CheckEntry(td(), &e); err != nil {
+			t.Errorf("%v: %v", by, err)
+		}
+	}
+	for e, want := range map[markedAs]AdminRole{{}: "", {admin: true}: AdminSecurity, {role: AdminReader}: AdminReader, {admin: true, role: AdminSecurity}: AdminSecurity} {
+		if got := (&Entry{Admin: e.admin, AdminRole: e.role}).Power(); got != want {
+			t.Errorf("%+v: %q, want %q", e, got, want)
+		}
+	}
+}
+
+type markedAs struct {
+	admin bool
+	role  AdminRole
+}
+
+func TestAdminRoles(t *testing.T) {
+	order := []AdminRole{"", AdminReader, AdminOperator, AdminSecurity}
+	for i, have := range order {
+		for j, need := range order {
+			if got, want := have.Includes(need), j > 0 && i >= j; got != want {
+				t.Errorf("%q includes %q: %t", have, need, got)
+			}
+			if got := have.Higher(need); got != order[max(i, j)] {
+				t.Errorf("the higher of %q and %q is %q", have, need, got)
+			}
+		}
+		if _, err := ParseAdminRole(string(have)); (err == nil) != (i > 0) {
+			t.Errorf("parsing %q: %v", have, err)
+		}
+	}
+	for _, none := range []AdminRole{"root", "Reader", "security "} {
+		if AdminSecurity.Includes(none) || none.Includes(AdminReader) {
+			t.Errorf("%q is a role", none)
+		}
+		if _, err := ParseAdminRole(string(none)); !errors.Is(err, ErrInvalid) {
+			t.Errorf("parsing %q: %v", none, err)
+		}
 	}
 }
 

@@ -106,13 +106,19 @@ func (s *Server) beginAudit(ctx context.Context, who caller, method string) (con
 	if !ok {
 		rule = auditRule{action: audit.Call, mode: auditWalk} // nobody may call it: see ruleFor
 	}
-	a := &audited{rule: rule, request: s.nextRequest(), who: auditWho(ctx, who)}
+	a := &audited{rule: rule, request: s.nextRequest(), who: s.auditWho(ctx, who)}
 	return context.WithValue(ctx, auditKey{}, a), a
 }
 
-func auditWho(ctx context.Context, c caller) audit.Who {
+func (s *Server) auditWho(ctx context.Context, c caller) audit.Who {
 	w := audit.Who{Serial: c.serial}
 	switch c.kind {
+	case remote:
+		// Who has no power is not somebody we know: what such callers have recorded is bounded.
+		w.Kind = "workload"
+		if role := s.power(c.id); role != "" {
+			w.Kind, w.Role = "admin", string(role)
+		}
 	case guest:
 		w.Kind = "guest"
 	case workload:
@@ -252,6 +258,9 @@ func (s *Server) auditedUnary(ctx context.Context, who caller, req any, info *gr
 		if err := s.readBarrier(ctx, info.FullMethod); err != nil {
 			return nil, err
 		}
+		if err := s.demand(ctx, a, info.FullMethod, req); err != nil {
+			return nil, err
+		}
 		if err := s.attempt(ctx, a, req); err != nil {
 			return nil, err
 		}
@@ -272,6 +281,9 @@ func (s *Server) auditedStream(srv any, ss grpc.ServerStream, who caller, info *
 		if err != nil {
 			return err
 		}
+		if err := s.demand(ctx, a, info.FullMethod, nil); err != nil {
+			return err
+		}
 		if err := s.attempt(ctx, a, nil); err != nil {
 			return err
 		}
@@ -279,6 +291,9 @@ func (s *Server) auditedStream(srv any, ss grpc.ServerStream, who caller, info *
 			if err := s.ended(ctx, a, nil, nil); err != nil {
 				return err
 			}
+		}
+		if who.kind == remote {
+			return s.whilePowerful(ctx, who, info.FullMethod, func(ctx context.Context) error { return next(srv, &callStream{ss, ctx}) })
 		}
 		return next(srv, &callStream{ss, ctx})
 	}()

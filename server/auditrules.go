@@ -115,6 +115,10 @@ func adminAuditRule(method string) (auditRule, bool) {
 		return auditRule{action: "admin.rewrap_seal", mode: auditChange}, true
 	case adminv1.Admin_SaveBackup_FullMethodName:
 		return auditRule{action: "admin.save_backup", mode: auditChange}, true
+	case adminv1.Mint_MintX509_FullMethodName:
+		return auditRule{action: audit.MintX509, mode: auditWalk, on: func(req any) []string { return []string{req.(*adminv1.MintX509Request).SpiffeId} }}, true
+	case adminv1.Mint_MintJWT_FullMethodName:
+		return auditRule{action: audit.MintJWT, mode: auditWalk, on: func(req any) []string { return []string{req.(*adminv1.MintJWTRequest).SpiffeId} }}, true
 	case adminv1.Admin_QueryAudit_FullMethodName:
 		return auditRule{action: "admin.query_audit", mode: auditRescue}, true
 	}
@@ -151,6 +155,9 @@ func entrySubjects(req any) []string {
 func entryDetails(req any) audit.Details {
 	r := req.(*adminv1.Entry)
 	d := audit.Details{{Key: "selectors", Value: strings.Join(r.Selectors, " ")}}
+	if r.AdminRole != "" {
+		d = append(d, audit.Detail{Key: "admin_role", Value: r.AdminRole})
+	}
 	if r.Admin || r.Downstream {
 		d = append(d, audit.Detail{Key: "admin", Value: strconv.FormatBool(r.Admin)}, audit.Detail{Key: "downstream", Value: strconv.FormatBool(r.Downstream)})
 	}

@@ -23,7 +23,8 @@ const (
 	workload                  // an SVID of ours that is not the cluster's own part
 	member
 	agent
-	local // on the Unix socket, root or the server's own user
+	local  // on the Unix socket, root or the server's own user
+	remote // an SVID of ours on a connection for admins: see power for what it may do
 )
 
 func (k kind) String() string {
@@ -38,6 +39,8 @@ func (k kind) String() string {
 		return "an agent"
 	case local:
 		return "a local operator"
+	case remote:
+		return "a remote admin"
 	}
 	return "an unknown caller"
 }

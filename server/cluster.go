@@ -12,7 +12,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"google.golang.org/grpc/metadata"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/identity"
@@ -168,10 +167,8 @@ func (s *Server) readBarrier(ctx context.Context, method string) error {
 		adminv1.Admin_GetBundle_FullMethodName,
 		adminv1.Admin_ListAuthorities_FullMethodName,
 		adminv1.Admin_SealStatus_FullMethodName:
-		if md, ok := metadata.FromIncomingContext(ctx); ok {
-			if v := md.Get(MetadataStale); len(v) == 1 && v[0] == "true" {
-				return nil
-			}
+		if wantsStale(ctx) {
+			return nil
 		}
 		if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
 			return fmt.Errorf("asking the leader whether this member knows all (--stale shows what it knows): %w", err)

@@ -66,6 +66,18 @@ func (f *fakeState) Entry(id string) (*identity.Entry, bool) {
 	return e, ok
 }
 
+func (f *fakeState) AdminEntries(id string) []*identity.Entry {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []*identity.Entry
+	for _, e := range f.entries {
+		if e.Power() != "" && e.SPIFFEID == id {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
 func page[T any](m map[string]*T, after string, limit int) ([]*T, string) {
 	var out []*T
 	for _, k := range slices.Sorted(maps.Keys(m)) {

@@ -542,6 +542,9 @@ func (s *Server) fill(e *identity.Entry, sel []identity.Selector) (grant, error)
 			return g, fmt.Errorf("%w: %s is the ID of a cluster below (entry %s), which only a downstream entry gives", identity.ErrDenied, g.id, d.ID)
 		}
 	}
+	if err := s.mayGive(e, g.id); err != nil {
+		return g, err
+	}
 	for _, n := range e.DNSNames {
 		t, err := identity.ParseTemplate(n)
 		if err != nil {

@@ -23,6 +23,9 @@ type Limits struct {
 	// 20,000, more than any node can need.
 	AgentRate  float64
 	AgentBurst int
+	// AdminRate and AdminBurst are the calls per second of one remote admin; 0: 50 and 200.
+	AdminRate  float64
+	AdminBurst int
 }
 
 // trackedAddresses is how many addresses have a limiter of their own. Who has more addresses than that meets the
@@ -32,16 +35,20 @@ const trackedAddresses = 16384
 // trackedAgents is how many agents have a limiter of their own. One that is forgotten has been idle for longer than the others.
 const trackedAgents = 16384
 
+// trackedAdmins is how many admins have a limiter of their own.
+const trackedAdmins = 1024
+
 type limits struct {
 	cfg    Limits
 	total  *rate.Limiter
 	byAddr *lru.Cache[netip.Addr, *rate.Limiter]
 
 	byAgent *lru.Cache[string, *rate.Limiter]
+	byAdmin *lru.Cache[string, *rate.Limiter] // by SPIFFE ID
 }
 
 func newLimits(cfg Limits) (*limits, error) {
-	if cfg.GuestRate < 0 || cfg.GuestBurst < 0 || cfg.TotalRate < 0 || cfg.TotalBurst < 0 || cfg.AgentRate < 0 || cfg.AgentBurst < 0 {
+	if cfg.GuestRate < 0 || cfg.GuestBurst < 0 || cfg.TotalRate < 0 || cfg.TotalBurst < 0 || cfg.AgentRate < 0 || cfg.AgentBurst < 0 || cfg.AdminRate < 0 || cfg.AdminBurst < 0 {
 		return nil, fmt.Errorf("%w: negative limits for callers", identity.ErrInvalid)
 	}
 	orDefault(&cfg.GuestRate, 20)
@@ -50,6 +57,8 @@ func newLimits(cfg Limits) (*limits, error) {
 	orDefault(&cfg.TotalBurst, 2000)
 	orDefault(&cfg.AgentRate, 4000)
 	orDefault(&cfg.AgentBurst, 20000)
+	orDefault(&cfg.AdminRate, 50)
+	orDefault(&cfg.AdminBurst, 200)
 	byAddr, err := lru.New[netip.Addr, *rate.Limiter](trackedAddresses)
 	if err != nil {
 		return nil, err
@@ -58,7 +67,30 @@ func newLimits(cfg Limits) (*limits, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &limits{cfg: cfg, total: rate.NewLimiter(rate.Limit(cfg.TotalRate), cfg.TotalBurst), byAddr: byAddr, byAgent: byAgent}, nil
+	byAdmin, err := lru.New[string, *rate.Limiter](trackedAdmins)
+	if err != nil {
+		return nil, err
+	}
+	return &limits{cfg: cfg, total: rate.NewLimiter(rate.Limit(cfg.TotalRate), cfg.TotalBurst), byAddr: byAddr, byAgent: byAgent, byAdmin: byAdmin}, nil
+}
+
+// admin counts a call of a remote admin. Who has no power counts as a stranger, by address.
+func (l *limits) admin(who caller, power bool) error {
+	if !power {
+		return l.allow(who.addr)
+	}
+	id := who.id.String()
+	own, ok := l.byAdmin.Get(id)
+	if !ok {
+		own = rate.NewLimiter(rate.Limit(l.cfg.AdminRate), l.cfg.AdminBurst)
+		if prev, ok, _ := l.byAdmin.PeekOrAdd(id, own); ok {
+			own = prev
+		}
+	}
+	if !own.Allow() {
+		return fmt.Errorf("%w: too many calls of %s: at the most %v a second", identity.ErrExhausted, id, l.cfg.AdminRate)
+	}
+	return nil
 }
 
 // issue counts n SVIDs that an agent asks for. Guests are counted by the call.

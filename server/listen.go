@@ -27,19 +27,22 @@ type ListenConfig struct {
 	MaxStrangers int
 	// MaxPerAddress is how many of them may come from one address (one /64 for IPv6); 0: 64.
 	MaxPerAddress int
-	// MaxPerAgent is how many connections one agent may have; 0: 16.
+	// MaxPerAgent is how many connections one agent, or one admin, may have; 0: 16.
 	MaxPerAgent int
 	// Downstream reports whether a workload's ID is a cluster's below ours, whose connections last as an agent's do; nil: none is.
 	Downstream func(spiffeid.ID) bool
-	Log        *slog.Logger
+	// Admin reports whether an ID has an admin's power; nil: none has. Connections for admins of others stay strangers: they
+	// are told no at their first call.
+	Admin func(spiffeid.ID) bool
+	Log   *slog.Logger
 }
 
 // Listener finishes each TLS handshake on its own and then hands the connection to whom it is for. Run accepts;
-// the three net.Listeners give what has arrived.
+// the net.Listeners give what has arrived.
 type Listener struct {
-	cfg                   ListenConfig
-	agents, guests, peers *queue
-	crowds                *lineLimit // an agent over its limit comes again at once
+	cfg                           ListenConfig
+	agents, guests, admins, peers *queue
+	crowds                        *lineLimit // an agent over its limit comes again at once
 
 	mu        sync.Mutex
 	strangers *list.List // of *stranger, the oldest first
@@ -84,7 +87,9 @@ func NewListener(cfg ListenConfig) (*Listener, error) {
 		cfg.MaxPerAgent = 16
 	}
 	l := &Listener{cfg: cfg, strangers: list.New(), perAddr: map[netip.Addr]int{}, perAgent: map[spiffeid.ID]int{}, crowds: newLineLimit()}
-	l.agents, l.guests, l.peers = newQueue(cfg.TCP.Addr()), newQueue(cfg.TCP.Addr()), newQueue(cfg.TCP.Addr())
+	for _, q := range []**queue{&l.agents, &l.guests, &l.admins, &l.peers} {
+		*q = newQueue(cfg.TCP.Addr())
+	}
 	return l, nil
 }
 
@@ -93,6 +98,9 @@ func (l *Listener) Agents() net.Listener { return l.agents }
 
 // Guests gives the gRPC connections of everybody else.
 func (l *Listener) Guests() net.Listener { return l.guests }
+
+// Admins gives the connections with ALPN api.ALPNAdmin, of whoever has an SVID and may be an admin.
+func (l *Listener) Admins() net.Listener { return l.admins }
 
 // Raft gives the connections of other members with ALPN api.ALPNRaft.
 func (l *Listener) Raft() net.Listener { return l.peers }
@@ -137,7 +145,7 @@ func (l *Listener) Run(ctx context.Context) error {
 
 func (l *Listener) close() {
 	l.cfg.TCP.Close()
-	for _, q := range []*queue{l.agents, l.guests, l.peers} {
+	for _, q := range []*queue{l.agents, l.guests, l.admins, l.peers} {
 		q.Close()
 	}
 }
@@ -208,12 +216,17 @@ func (l *Listener) greet(ctx context.Context, s *stranger) {
 		c.Close()
 		return
 	}
-	if to != l.guests {
+	known := to == l.agents || to == l.peers
+	if to == l.admins {
+		c.caller.kind = remote
+		known = l.cfg.Admin != nil && l.cfg.Admin(c.caller.id)
+	}
+	if known {
 		c.forget() // no stranger any more
 	}
-	if to == l.agents && !l.enlist(c) {
+	if known && to != l.peers && !l.enlist(c) {
 		if leftOut, ok := l.crowds.allow(time.Now()); ok {
-			l.cfg.Log.Warn("too many connections of one agent", "agent", c.caller.id, "address", s.addr, "left_out_before", leftOut)
+			l.cfg.Log.Warn("too many connections of one agent or admin", "caller", c.caller.id, "address", s.addr, "left_out_before", leftOut)
 		}
 		tc.Close()
 		return
@@ -223,7 +236,7 @@ func (l *Listener) greet(ctx context.Context, s *stranger) {
 	}
 }
 
-// enlist counts an agent's connection until it is closed; false if the agent has too many.
+// enlist counts the connection of an agent, or of an admin, until it is closed; false if that one has too many.
 func (l *Listener) enlist(c *conn) bool {
 	id := c.caller.id
 	l.mu.Lock()
@@ -250,6 +263,8 @@ func (l *Listener) route(alpn string, c caller) *queue {
 		return l.agents
 	case alpn == alpnGRPC:
 		return l.guests
+	case alpn == api.ALPNAdmin && k == workload:
+		return l.admins
 	case alpn == api.ALPNRaft && k == member:
 		return l.peers
 	}

@@ -21,68 +21,99 @@ import (
 
 const anyone = guest | workload | member | agent | local
 
+// rule says who may call a method.
+type rule struct {
+	by   kind
+	role identity.AdminRole // that a remote admin needs at the least; see demand for what a message adds to it
+}
+
+// operators are those on the admin socket, and remote admins of the role.
+func operators(role identity.AdminRole) rule { return rule{local | remote, role} }
+
 // ruleFor is the one table of who may call what. A method that is not in it may be called by nobody.
-func ruleFor(method string) kind {
+func ruleFor(method string) rule {
 	switch method {
 	case nodev1.Node_Attest_FullMethodName,
-		memberv1.Member_Join_FullMethodName,
-		"/grpc.health.v1.Health/Check":
-		return anyone
+		memberv1.Member_Join_FullMethodName:
+		return rule{by: anyone}
+	case "/grpc.health.v1.Health/Check":
+		return rule{by: anyone | remote, role: identity.AdminReader}
 
 	case nodev1.Node_Renew_FullMethodName,
 		nodev1.Node_Sync_FullMethodName:
-		return agent
+		return rule{by: agent}
 
 	case downstreamv1.Downstream_Sign_FullMethodName,
 		downstreamv1.Downstream_Sync_FullMethodName:
-		return workload // with a downstream entry, see downstreamEntry
+		return rule{by: workload} // with a downstream entry, see downstreamEntry
 
 	case memberv1.Member_Keyring_FullMethodName:
-		return member // on the list, see currentMember
+		return rule{by: member} // on the list, see currentMember
 
 	case workloadv1.Workload_IssueX509_FullMethodName,
 		workloadv1.Workload_IssueJWT_FullMethodName:
-		return agent | guest
+		return rule{by: agent | guest}
 
-	case adminv1.Admin_CreateToken_FullMethodName,
-		adminv1.Admin_AddKubeCluster_FullMethodName,
-		adminv1.Admin_ListKubeClusters_FullMethodName,
-		adminv1.Admin_DeleteKubeCluster_FullMethodName,
-		adminv1.Admin_CreateEntry_FullMethodName,
-		adminv1.Admin_UpdateEntry_FullMethodName,
-		adminv1.Admin_DeleteEntry_FullMethodName,
+	case "/grpc.health.v1.Health/Watch":
+		return rule{by: local | agent | remote, role: identity.AdminReader}
+	}
+	return operators(adminRoleFor(method)).orNone()
+}
+
+// adminRoleFor is the part of the table that is for operators: the least role of a remote admin. docs/ADMIN.md argues each.
+func adminRoleFor(method string) identity.AdminRole {
+	switch method {
+	case adminv1.Admin_ListKubeClusters_FullMethodName,
 		adminv1.Admin_GetEntry_FullMethodName,
 		adminv1.Admin_ListEntries_FullMethodName,
 		adminv1.Admin_ListAgents_FullMethodName,
 		adminv1.Admin_GetAgent_FullMethodName,
-		adminv1.Admin_BanAgent_FullMethodName,
-		adminv1.Admin_EvictAgent_FullMethodName,
 		adminv1.Admin_GetBundle_FullMethodName,
 		adminv1.Admin_Status_FullMethodName,
-		adminv1.Admin_SealStatus_FullMethodName,
-		adminv1.Admin_RotateSeal_FullMethodName,
-		adminv1.Admin_RewrapSeal_FullMethodName,
-		adminv1.Admin_ListAuthorities_FullMethodName,
 		adminv1.Admin_ClusterStatus_FullMethodName,
-		adminv1.Admin_RemoveMember_FullMethodName,
-		adminv1.Admin_TransferLeader_FullMethodName,
-		adminv1.Admin_SaveBackup_FullMethodName,
-		adminv1.Admin_QueryAudit_FullMethodName,
+		adminv1.Admin_ListAuthorities_FullMethodName,
+		adminv1.Admin_SealStatus_FullMethodName,
+		adminv1.Admin_QueryAudit_FullMethodName, // who audits need not be able to change anything
 		"/grpc.health.v1.Health/List",
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":
-		return local
+		return identity.AdminReader
 
-	case "/grpc.health.v1.Health/Watch":
-		return local | agent
+	case adminv1.Admin_CreateToken_FullMethodName, // for an agent, see demand
+		adminv1.Admin_CreateEntry_FullMethodName,
+		adminv1.Admin_UpdateEntry_FullMethodName,
+		adminv1.Admin_DeleteEntry_FullMethodName,
+		adminv1.Admin_BanAgent_FullMethodName,
+		adminv1.Admin_EvictAgent_FullMethodName,
+		adminv1.Admin_TransferLeader_FullMethodName,
+		adminv1.Mint_MintX509_FullMethodName,
+		adminv1.Mint_MintJWT_FullMethodName:
+		return identity.AdminOperator
+
+	case adminv1.Admin_AddKubeCluster_FullMethodName, // what its key signs is believed, also of admins' pods
+		adminv1.Admin_DeleteKubeCluster_FullMethodName,
+		adminv1.Admin_RotateSeal_FullMethodName,
+		adminv1.Admin_RewrapSeal_FullMethodName,
+		adminv1.Admin_RemoveMember_FullMethodName,
+		adminv1.Admin_SaveBackup_FullMethodName:
+		return identity.AdminSecurity
 	}
-	return 0
+	return ""
+}
+
+// orNone makes a rule without a role one for nobody: whoever adds a method must say who among the remote admins may call it.
+func (r rule) orNone() rule {
+	if r.role == "" {
+		return rule{}
+	}
+	return r
 }
 
 // call is what the rule table established about one call.
 type call struct {
 	caller
 	agent *identity.Agent // the record, if the caller is an agent and the rule is not for anyone
+	rule  rule
 }
 
 type callKey struct{}
@@ -92,25 +123,32 @@ func callOf(ctx context.Context) call {
 	return c
 }
 
-// authorize decides whether the call may go on: the table, then for an agent its record, then for everybody else
-// the limits of strangers.
+// authorize decides whether the call may go on: the table, then for an agent its record, for a remote admin its role, and for
+// everybody else the limits of strangers.
 func (s *Server) authorize(ctx context.Context, who caller, method string) (context.Context, error) {
-	c := call{caller: who}
-	rule := ruleFor(method)
+	c := call{caller: who, rule: ruleFor(method)}
 	switch {
-	case c.kind&rule != 0:
-	case c.kind == guest && rule&agent != 0:
+	case c.kind&c.rule.by != 0:
+	case c.kind == guest && c.rule.by&agent != 0:
 		return nil, fmt.Errorf("%w: %s needs the SVID of an agent", identity.ErrUnauthenticated, method)
 	default:
 		return nil, fmt.Errorf("%w: %s is not for %s%s", identity.ErrDenied, method, c.kind, idSuffix(c.caller))
 	}
-	if c.kind == agent && rule != anyone {
+	switch {
+	case c.kind == agent && c.rule.by != anyone:
 		a, err := s.liveAgent(c.caller)
 		if err != nil {
 			return nil, err
 		}
 		c.agent = a
-	} else if c.kind != local {
+	case c.kind == remote:
+		if err := s.limits.admin(c.caller, s.power(c.id) != ""); err != nil {
+			return nil, err
+		}
+		if err := s.remoteAdmin(c.caller, method, c.rule.role); err != nil {
+			return nil, err
+		}
+	case c.kind != local:
 		if err := s.limits.allow(c.addr); err != nil {
 			return nil, err
 		}

@@ -44,8 +44,10 @@ type Config struct {
 	Version     string
 	Level       uint32 // the highest that this version knows, see Admission
 
-	// Agents and Guests are a Listener's; Admin is of ListenAdmin.
-	Agents, Guests, Admin net.Listener
+	// Agents, Guests and Admins are a Listener's; Admin is of ListenAdmin. Without Admins no admin is served but on the socket.
+	Agents, Guests, Admins, Admin net.Listener
+	// AdminRoles are SPIFFE IDs that are admins by this member's configuration, beside those that entries mark.
+	AdminRoles map[spiffeid.ID]identity.AdminRole
 
 	CA      *ca.CA
 	State   State
@@ -121,6 +123,7 @@ type Server struct {
 
 	hub     *hub
 	evicted evictions
+	beyond  outliving
 	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first
 	clusters atomic.Pointer[map[string]uint64]
 	caughtUp atomic.Bool // see Ready
@@ -131,7 +134,8 @@ type Server struct {
 	health       *health.Server
 	agents       *grpc.Server
 	guests       *grpc.Server
-	admin        *grpc.Server
+	admin        *grpc.Server // on the socket
+	admins       *grpc.Server // on the TLS port
 }
 
 // New checks the configuration and starts nothing.
@@ -176,9 +180,13 @@ func New(cfg Config) (*Server, error) {
 		downstreamv1.RegisterDownstreamServer(g, downstreamService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
 	}
-	adminv1.RegisterAdminServer(s.admin, adminService{Server: s})
-	healthv1.RegisterHealthServer(s.admin, healthService{s.health, s.refreshHealth})
-	reflection.Register(s.admin)
+	s.admins = s.newGRPC(handshaken{}, maxAgentMessage, 64, keepalive.ServerParameters{MaxConnectionIdle: time.Minute, Time: 30 * time.Second, Timeout: 10 * time.Second})
+	for _, g := range []*grpc.Server{s.admin, s.admins} {
+		adminv1.RegisterAdminServer(g, adminService{Server: s})
+		adminv1.RegisterMintServer(g, mintService{Server: s})
+		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
+		reflection.Register(g)
+	}
 	return s, nil
 }
 
@@ -212,7 +220,7 @@ func (c *Config) check() error {
 	need(c.Seal != nil && c.Open != nil && c.Keyring != nil && c.Keep != nil, "Seal, Open, Keyring or Keep")
 	need(c.Audit != nil, "Audit")
 	need(c.Log != nil, "Log")
-	errs = append(errs, c.Sealing.check())
+	errs = append(errs, c.Sealing.check(), c.checkAdmins())
 	return errors.Join(errs...)
 }
 
@@ -247,7 +255,10 @@ func (s *Server) Run(ctx context.Context) error {
 	for _, x := range []struct {
 		srv *grpc.Server
 		on  net.Listener
-	}{{s.agents, s.cfg.Agents}, {s.guests, s.cfg.Guests}, {s.admin, s.cfg.Admin}} {
+	}{{s.agents, s.cfg.Agents}, {s.guests, s.cfg.Guests}, {s.admin, s.cfg.Admin}, {s.admins, s.cfg.Admins}} {
+		if x.on == nil {
+			continue
+		}
 		g.Go(func() error { return ended(told, x.srv.Serve(x.on)) })
 	}
 	g.Go(func() error {
@@ -265,7 +276,7 @@ func (s *Server) stop() {
 	s.hub.endAll(fmt.Errorf("%w: this member is stopping: use another", identity.ErrUnavailable), true)
 	s.downstreams.stop()
 	var g errgroup.Group
-	for _, srv := range []*grpc.Server{s.agents, s.guests, s.admin} {
+	for _, srv := range []*grpc.Server{s.agents, s.guests, s.admin, s.admins} {
 		g.Go(func() error {
 			t := time.AfterFunc(stopTime, srv.Stop)
 			defer t.Stop()

@@ -27,6 +27,9 @@ type EntryReader interface {
 	Entry(id string) (*identity.Entry, bool)
 	// Entries returns up to limit entries with IDs above after, and the after of the next page; "" ends.
 	Entries(after string, limit int) (entries []*identity.Entry, next string)
+	// AdminEntries returns the entries that give power (identity.Entry.Power) to exactly this SPIFFE ID. It is asked at every
+	// issuance.
+	AdminEntries(id string) []*identity.Entry
 }
 
 // Registry is who may speak: kube clusters and agents.

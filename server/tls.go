@@ -88,7 +88,7 @@ func ServerTLS(c TLSConfig) *tls.Config {
 	roots := &bundleSource{td: c.TrustDomain, current: c.Bundle}
 	return &tls.Config{
 		MinVersion:     tls.VersionTLS13,
-		NextProtos:     []string{alpnGRPC, api.ALPNRaft},
+		NextProtos:     []string{alpnGRPC, api.ALPNRaft, api.ALPNAdmin},
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.Certificate() },
 		ClientAuth:     tls.RequestClientCert,
 		// A resumed session would skip VerifyPeerCertificate: who was removed from the bundle must not come back by

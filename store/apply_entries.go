@@ -32,7 +32,7 @@ func (a *applier) createEntry(e *identity.Entry) (any, error) {
 }
 
 func (a *applier) mayBe(e *identity.Entry) error {
-	return needLevel(a.level, levelOfEntry(e), "a downstream entry")
+	return needLevel(a.level, levelOfEntry(e), "a downstream entry, or an admin's role,")
 }
 
 func (a *applier) checkRule(e *identity.Entry) error {

@@ -166,6 +166,7 @@ func checkConsistent(t testing.TB, s *Store) {
 			{"kube clusters", have.kube, v.kube}, {"bundle", have.bundle, v.bundle},
 			{"authorities", values(have.authorities), values(v.authorities)}, {"members", values(have.members), values(v.members)},
 			{"level", have.level, v.level}, {"downstream entries", downstreamIDs(have), downstreamIDs(v)},
+			{"admin entries", adminIDs(have), adminIDs(v)},
 			{"foreign keys", values(have.foreign), values(v.foreign)}, {"seal terms", values(have.seal), values(v.seal)},
 		} {
 			if !reflect.DeepEqual(c.have, c.want) {
@@ -200,6 +201,17 @@ func downstreamIDs(v *view) map[string][]string {
 	for id, entries := range v.downstream {
 		for _, r := range entries {
 			out[id] = append(out[id], r.ID)
+		}
+		slices.Sort(out[id])
+	}
+	return out
+}
+
+func adminIDs(v *view) map[string][]string {
+	out := make(map[string][]string)
+	for id, entries := range v.admins {
+		for _, e := range entries {
+			out[id] = append(out[id], e.ID+" "+string(e.Power()))
 		}
 		slices.Sort(out[id])
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -254,4 +255,63 @@ func TestDownstream(t *testing.T) {
 	if err != nil || bytes.Contains(raw, []byte("downstream")) {
 		t.Errorf("an entry that is not downstream says so: %s, %v", raw, err)
 	}
+}
+
+func TestAdminEntries(t *testing.T) {
+	s, w, _ := newStore2(t)
+	ctx := t.Context()
+	are := func(id string, want ...string) {
+		t.Helper()
+		var got []string
+		for _, e := range s.AdminEntries("spiffe://example.org" + id) {
+			got = append(got, e.ID+"="+string(e.Power()))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: %q, want %q", id, got, want)
+		}
+	}
+	admin := func(id, path string, role identity.AdminRole) identity.Entry {
+		e := entryFor(id, path, "k8s:ns:"+id)
+		e.AdminRole = role
+		return e
+	}
+	must[identity.Entry](t)(w.CreateEntry(ctx, now, entryFor("plain", "/ops", "k8s:ns:plain")))
+	are("/ops")
+	must[identity.Entry](t)(w.CreateEntry(ctx, now, admin("one", "/ops", identity.AdminReader)))
+	old := entryFor("two", "/ops", "k8s:ns:two")
+	old.Admin = true
+	must[identity.Entry](t)(w.CreateEntry(ctx, now, old))
+	are("/ops", "one=reader", "two=security")
+	are("/ops/x")
+	checkConsistent(t, s)
+	must[identity.Entry](t)(w.UpdateEntry(ctx, now, admin("one", "/ops", identity.AdminOperator), 0))
+	are("/ops", "two=security", "one=operator")
+	must[identity.Entry](t)(w.UpdateEntry(ctx, now, admin("one", "/other", identity.AdminOperator), 0))
+	are("/ops", "two=security")
+	are("/other", "one=operator")
+	old.Admin = false
+	must[identity.Entry](t)(w.UpdateEntry(ctx, now, old, 0))
+	if err := w.DeleteEntry(ctx, "one"); err != nil {
+		t.Fatal(err)
+	}
+	are("/ops")
+	are("/other")
+	checkConsistent(t, s)
+	_, err := w.CreateEntry(ctx, now, admin("all", "/{k8s:ns}", identity.AdminReader))
+	wantErr(t, err, identity.ErrInvalid, "placeholders")
+	raw, err := json.Marshal(entryFor("x", "/x", "k8s:ns:x"))
+	if err != nil || bytes.Contains(raw, []byte("admin")) {
+		t.Errorf("an entry without power speaks of it: %s, %v", raw, err)
+	}
+}
+
+// A role is of level 2: a member of the version before would take the entry for one without any power, and lose the role.
+func TestAdminRolesWaitForTheLevel(t *testing.T) {
+	_, w, _ := newStore(t)
+	e := entryFor("one", "/ops", "k8s:ns:ops")
+	e.AdminRole = identity.AdminReader
+	_, err := w.CreateEntry(t.Context(), now, e)
+	wantErr(t, err, identity.ErrPrecondition, "an admin's role")
+	e.Admin, e.AdminRole = true, ""
+	must[identity.Entry](t)(w.CreateEntry(t.Context(), now, e))
 }

@@ -18,8 +18,9 @@ type view struct {
 	entries     map[string]*entryRecord
 	index       *matchIndex
 	agents      map[string]*identity.Agent
-	bannedNodes map[kubeNode]struct{}     // those that a banned agent speaks for; a ban is for good, so this only grows
-	downstream  map[string][]*entryRecord // by SPIFFE ID, those that are; the slices never change
+	bannedNodes map[kubeNode]struct{}        // those that a banned agent speaks for; a ban is for good, so this only grows
+	downstream  map[string][]*entryRecord    // by SPIFFE ID, those that are; the slices never change
+	admins      map[string][]*identity.Entry // by SPIFFE ID, those that give power; the slices never change
 	kube        map[string]*identity.KubeCluster
 	*vouched
 	members []*identity.Member
@@ -33,7 +34,7 @@ func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	v := &view{
 		revision: t.counter(metaApplied), entries: make(map[string]*entryRecord), index: newMatchIndex(),
 		agents: make(map[string]*identity.Agent), bannedNodes: make(map[kubeNode]struct{}), kube: make(map[string]*identity.KubeCluster),
-		downstream: make(map[string][]*entryRecord),
+		downstream: make(map[string][]*entryRecord), admins: make(map[string][]*identity.Entry),
 	}
 	var err error
 	if v.level, err = t.level(); err != nil {
@@ -77,6 +78,9 @@ func (v *view) putEntry(r *entryRecord) {
 	if r.Downstream {
 		v.downstream[r.SPIFFEID] = append(slices.Clone(v.downstream[r.SPIFFEID]), r)
 	}
+	if r.Power() != "" {
+		v.admins[r.SPIFFEID] = append(slices.Clone(v.admins[r.SPIFFEID]), &r.Entry)
+	}
 }
 
 func (v *view) removeEntry(id string) {
@@ -86,14 +90,20 @@ func (v *view) removeEntry(id string) {
 	}
 	delete(v.entries, id)
 	v.index.remove(id)
-	if !old.Downstream {
-		return
+	if old.Downstream {
+		without(v.downstream, old.SPIFFEID, func(r *entryRecord) bool { return r.ID == id })
 	}
-	rest := slices.DeleteFunc(slices.Clone(v.downstream[old.SPIFFEID]), func(r *entryRecord) bool { return r.ID == id })
-	if len(rest) == 0 {
-		delete(v.downstream, old.SPIFFEID)
+	if old.Power() != "" {
+		without(v.admins, old.SPIFFEID, func(e *identity.Entry) bool { return e.ID == id })
+	}
+}
+
+// without takes what goes out of a slice that readers may have.
+func without[T any](m map[string][]T, key string, goes func(T) bool) {
+	if rest := slices.DeleteFunc(slices.Clone(m[key]), goes); len(rest) > 0 {
+		m[key] = rest
 	} else {
-		v.downstream[old.SPIFFEID] = rest
+		delete(m, key)
 	}
 }
 
@@ -191,6 +201,14 @@ func (s *Store) Downstream(id string) (*identity.Entry, bool) {
 		return nil, false
 	}
 	return &best.Entry, true
+}
+
+// AdminEntries returns the entries that make an admin of whoever has exactly this SPIFFE ID, in a slice that never changes. Some
+// may have expired and not be swept yet: see Entry.Expired.
+func (s *Store) AdminEntries(id string) []*identity.Entry {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.view.admins[id]
 }
 
 // lasts orders by expiry, never being the last, and then by age.

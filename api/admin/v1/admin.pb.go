@@ -946,6 +946,7 @@ type Entry struct {
 	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	Revision      uint64                 `protobuf:"varint,12,opt,name=revision,proto3" json:"revision,omitempty"` // on update: the revision that was read, or 0 for any
 	Downstream    bool                   `protobuf:"varint,13,opt,name=downstream,proto3" json:"downstream,omitempty"`
+	AdminRole     string                 `protobuf:"bytes,14,opt,name=admin_role,json=adminRole,proto3" json:"admin_role,omitempty"` // reader, operator or security: what whoever has the identity may do as an admin; admin alone means security
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1069,6 +1070,13 @@ func (x *Entry) GetDownstream() bool {
 		return x.Downstream
 	}
 	return false
+}
+
+func (x *Entry) GetAdminRole() string {
+	if x != nil {
+		return x.AdminRole
+	}
+	return ""
 }
 
 type ListEntriesResponse struct {
@@ -2103,7 +2111,7 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\brevision\x18\r \x01(\x04R\brevision\"\x8a\x01\n" +
 	"\x18ListKubeClustersResponse\x12F\n" +
 	"\rkube_clusters\x18\x01 \x03(\v2!.countersign.admin.v1.KubeClusterR\fkubeClusters\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xdc\x03\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xfb\x03\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tselectors\x18\x02 \x03(\tR\tselectors\x12\x1b\n" +
@@ -2122,7 +2130,9 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\brevision\x18\f \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
 	"downstream\x18\r \x01(\bR\n" +
-	"downstream\"t\n" +
+	"downstream\x12\x1d\n" +
+	"\n" +
+	"admin_role\x18\x0e \x01(\tR\tadminRole\"t\n" +
 	"\x13ListEntriesResponse\x125\n" +
 	"\aentries\x18\x01 \x03(\v2\x1b.countersign.admin.v1.EntryR\aentries\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xab\x03\n" +
