@@ -69,11 +69,13 @@ func TestServerFaults(t *testing.T) {
 		yaml string
 		want []string // all of them, in one error
 	}{
-		"empty":                 {"", []string{"the file is empty", "version is missing", "trust_domain is missing"}},
-		"unknown field":         {goodServer + "listn: x\n", []string{"line 4", "listn"}},
-		"two faults at once":    {goodServer + "listn: x\nx509_ttl: 1s\n", []string{"listn", "x509_ttl is 1s"}},
-		"from the future":       {strings.Replace(goodServer, "version: 1", "version: 2", 1), []string{"version 2 is newer"}},
-		"negative version":      {strings.Replace(goodServer, "version: 1", "version: -1", 1), []string{"version -1"}},
+		"empty":              {"", []string{"the file is empty", "version is missing", "trust_domain is missing"}},
+		"unknown field":      {goodServer + "listn: x\n", []string{"line 4", "listn"}},
+		"two faults at once": {goodServer + "listn: x\nx509_ttl: 1s\n", []string{"listn", "x509_ttl is 1s"}},
+		"from the future":    {strings.Replace(goodServer, "version: 1", "version: 2", 1), []string{"version 2 is newer"}},
+		"negative version":   {strings.Replace(goodServer, "version: 1", "version: -1", 1), []string{"version -1"}},
+		"admins": {goodServer + "admin: {ids: [{id: spiffe://example.org/countersign/agent/x, role: root}, {id: spiffe://other.org/a, role: reader}, {id: spiffe://example.org/a, role: reader}, {id: spiffe://example.org/a, role: security}]}\n",
+			[]string{"cluster's own", `role "root"`, "other.org", "spiffe://example.org/a is there twice"}},
 		"second document":       {goodServer + "---\nversion: 1\n", []string{"after the first document"}},
 		"not yaml":              {"\t{", []string{"invalid input"}},
 		"wrong type":            {goodServer + "x509_ttl: [1]\n", []string{"line 4"}},

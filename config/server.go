@@ -30,6 +30,7 @@ type Server struct {
 	MaxStaleness  time.Duration `yaml:"max_staleness"` // how long the member issues without hearing from a leader; default x509_ttl
 	CA            CA            `yaml:"ca"`
 	Seal          Seal          `yaml:"seal"`
+	Admin         Admins        `yaml:"admin"`
 	Cluster       Cluster       `yaml:"cluster"`
 	Audit         Audit         `yaml:"audit"`
 	Backup        Backup        `yaml:"backup"`
@@ -110,6 +111,18 @@ type Seal struct {
 	Key     string   `yaml:"key"`      // URI of the key-encryption key; default file:DATA_DIR/kek
 	OldKeys []string `yaml:"old_keys"` // tried where key does not open the keyring, which is then wrapped under key
 	Vault   *Vault   `yaml:"vault"`    // for transit: keys
+}
+
+// Admins are who may administer the cluster with an SVID, beside those whom entries make admins (docs/ADMIN.md). It should be the
+// same on every member: each goes by its own.
+type Admins struct {
+	IDs []AdminID `yaml:"ids"`
+}
+
+// AdminID is one of them.
+type AdminID struct {
+	ID   string `yaml:"id"`   // SPIFFE ID of the trust domain
+	Role string `yaml:"role"` // reader, operator or security
 }
 
 // Cluster is how the members find and keep each other.
@@ -241,6 +254,7 @@ func (c *Server) Check() error {
 		f.add("ca.jwt_algorithm %q: want ES256 or RS256", c.CA.JWTAlgorithm)
 	}
 	c.CA.Upstream.check(&f, c.CA.Key)
+	c.Admin.check(&f, c.TrustDomain)
 	c.Seal.check(&f)
 	for _, p := range c.Cluster.Peers {
 		f.address("cluster.peers", p)
@@ -279,6 +293,25 @@ func (f *faults) uri(field, uri string) {
 		f.add("%s %q: the path must be absolute", field, uri)
 	case strings.Contains(uri, "pin-value="):
 		f.add("%s holds a PIN: put it into a file (0600) and name that as pin-source=/path", field)
+	}
+}
+
+func (a *Admins) check(f *faults, trustDomain string) {
+	td, err := spiffeid.TrustDomainFromString(trustDomain)
+	seen := map[string]bool{}
+	for _, x := range a.IDs {
+		if err == nil {
+			if _, err := identity.ParseWorkloadID(td, x.ID); err != nil {
+				f.add("admin.ids: %v", err)
+			}
+		}
+		if _, err := identity.ParseAdminRole(x.Role); err != nil {
+			f.add("admin.ids: %s: %v", x.ID, err)
+		}
+		if seen[x.ID] {
+			f.add("admin.ids: %s is there twice", x.ID)
+		}
+		seen[x.ID] = true
 	}
 }
 

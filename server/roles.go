@@ -24,6 +24,9 @@ func (s *Server) power(id spiffeid.ID) identity.AdminRole {
 	return s.entryPower(id).Higher(s.cfg.AdminRoles[id])
 }
 
+// IsAdmin reports whether an identity has any role now, for ListenConfig.Admin.
+func (s *Server) IsAdmin(id spiffeid.ID) bool { return s.power(id) != "" }
+
 func (s *Server) entryPower(id spiffeid.ID) (role identity.AdminRole) {
 	now := s.cfg.Now()
 	for _, e := range s.cfg.State.AdminEntries(id.String()) {

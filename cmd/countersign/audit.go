@@ -196,19 +196,14 @@ func (a *admin) auditQuery() *cobra.Command {
 
 // auditStream asks the member; it has no deadline, for records may be many, or yet to come.
 func (a *admin) auditStream(cmd *cobra.Command, q *adminv1.AuditQuery, f func(line string) error) error {
-	path, err := adminSocket(a.socket)
-	if err != nil {
-		return err
-	}
-	var failed requestID
-	conn, err := failed.dial(path)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
 	ctx, cancel := context.WithCancel(cmd.Context())
 	defer cancel()
-	stream, err := adminv1.NewAdminClient(conn).QueryAudit(ctx, q)
+	l, err := a.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	stream, err := adminv1.NewAdminClient(l.conn).QueryAudit(ctx, q)
 	for err == nil {
 		var m *adminv1.AuditRecords
 		if m, err = stream.Recv(); err != nil {
@@ -223,7 +218,7 @@ func (a *admin) auditStream(cmd *cobra.Command, q *adminv1.AuditQuery, f func(li
 	if errors.Is(err, io.EOF) {
 		return nil
 	}
-	return failed.explain(path, err)
+	return l.explain(err)
 }
 
 // printRecord shows a line as it is, or what matters most of it to a person.
@@ -246,7 +241,7 @@ func recordLine(r *audit.Record) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s  %-9s %-22s", r.Time.UTC().Format("2006-01-02T15:04:05.000Z"), r.Outcome, r.Action)
 	who := r.Who.Kind
-	for _, x := range []string{r.Who.ID, r.Who.UID, r.Who.Address} {
+	for _, x := range []string{r.Who.Role, r.Who.ID, r.Who.UID, r.Who.Address} {
 		if x != "" {
 			who += " " + x
 		}

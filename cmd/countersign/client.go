@@ -14,11 +14,10 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
-	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/config"
@@ -29,6 +28,7 @@ import (
 // admin is what every operator's command needs: the socket, the format, and one call's deadline.
 type admin struct {
 	socket  string
+	remote  remote
 	timeout time.Duration
 	stale   bool
 	out     cli.Output
@@ -36,7 +36,8 @@ type admin struct {
 
 // flags adds the common flags to a command group.
 func (a *admin) flags(cmd *cobra.Command) {
-	cmd.PersistentFlags().StringVar(&a.socket, "socket", "", "admin socket of a member on this machine (default $COUNTERSIGN_ADMIN_SOCKET, "+config.DefaultAdminSocket+", or that of countersign dev)")
+	cmd.PersistentFlags().StringVar(&a.socket, "socket", "", "admin socket of a member on this machine (default $COUNTERSIGN_ADMIN_SOCKET, "+config.DefaultAdminSocket+", or that of countersign dev); with --member, the Workload API socket that gives you your SVID (default $SPIFFE_ENDPOINT_SOCKET, "+config.DefaultAgentSocket+")")
+	a.remote.flags(cmd)
 	cmd.PersistentFlags().DurationVar(&a.timeout, "timeout", 15*time.Second, "how long a call may take")
 	cmd.PersistentFlags().BoolVar(&a.stale, "stale", false, "read what this member knows, without asking the leader: it may be of the past")
 	a.out.Flag(cmd)
@@ -44,22 +45,22 @@ func (a *admin) flags(cmd *cobra.Command) {
 
 // call connects and runs f with the caller's deadline; errors of the other side come back as sentinels.
 func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminClient) error) error {
-	path, err := adminSocket(a.socket)
-	if err != nil {
-		return err
-	}
-	var failed requestID
-	conn, err := failed.dial(path)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
+	return a.connect(cmd, func(ctx context.Context, conn *grpc.ClientConn) error { return f(ctx, adminv1.NewAdminClient(conn)) })
+}
+
+// connect is call for the other services that operators have.
+func (a *admin) connect(cmd *cobra.Command, f func(context.Context, *grpc.ClientConn) error) error {
 	ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
 	defer cancel()
+	l, err := a.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
 	if a.stale {
 		ctx = metadata.AppendToOutgoingContext(ctx, server.MetadataStale, "true")
 	}
-	return failed.explain(path, f(ctx, adminv1.NewAdminClient(conn)))
+	return l.explain(f(ctx, l.conn))
 }
 
 // requestID is the ID of the last call, if it failed: by it the member's records of the call are found.
@@ -68,9 +69,9 @@ type requestID struct {
 	id string
 }
 
-// dial connects to a member's admin socket.
-func (r *requestID) dial(path string) (*grpc.ClientConn, error) {
-	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
+// dial connects to a member.
+func (r *requestID) dial(target string, creds credentials.TransportCredentials, more ...grpc.DialOption) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient(target, append(more, grpc.WithTransportCredentials(creds),
 		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 			var trailer metadata.MD
 			err := next(ctx, method, req, reply, cc, append(opts, grpc.Trailer(&trailer))...)
@@ -80,9 +81,9 @@ func (r *requestID) dial(path string) (*grpc.ClientConn, error) {
 		grpc.WithStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, next grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 			s, err := next(ctx, desc, cc, method, opts...)
 			return notedStream{s, r}, err
-		}))
+		}))...)
 	if err != nil {
-		return nil, fmt.Errorf("connecting to %s: %w", path, err)
+		return nil, fmt.Errorf("connecting to %s: %w", target, err)
 	}
 	return conn, nil
 }
@@ -111,30 +112,8 @@ func (s notedStream) RecvMsg(m any) error {
 	return err
 }
 
-// explain words the error of a call to the member at path.
-func (r *requestID) explain(path string, err error) error {
-	if err == nil {
-		return nil
-	}
-	r.mu.Lock()
-	id := r.id
-	r.mu.Unlock()
-	err = unexplained(path, err)
-	if id == "" {
-		return err
-	}
-	return fmt.Errorf("%w (request ID %s)", err, id)
-}
-
-func unexplained(path string, err error) error {
-	if status.Code(err) == codes.Unimplemented {
-		return fmt.Errorf("%w: the member at %s runs a version that cannot do this: upgrade it, or ask one that can (%v)", identity.ErrPrecondition, path, err)
-	}
-	if err = api.FromStatus(err); errors.Is(err, identity.ErrUnavailable) {
-		return cli.Asking("member", path, "countersign server run, or countersign dev", err)
-	}
-	return err
-}
+// unimplemented reports whether the other side does not know the method at all.
+func unimplemented(err error) bool { return status.Code(err) == codes.Unimplemented }
 
 // adminSocket finds the socket: as told, or the first that is there.
 func adminSocket(told string) (string, error) {

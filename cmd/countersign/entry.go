@@ -45,9 +45,11 @@ func (f *entryFlags) add(cmd *cobra.Command) {
 	p.StringSliceVar(&f.e.DnsNames, "dns", nil, "DNS name in the certificate, or a template (repeatable)")
 	p.StringVar(&f.e.Hint, "hint", "", "a hint for workloads with several identities")
 	p.StringSliceVar(&f.e.FederatesWith, "federates-with", nil, "foreign trust domain whose bundle the workload gets (repeatable)")
-	p.BoolVar(&f.e.Admin, "admin", false, "the identity may administer the cluster")
+	p.StringVar(&f.e.AdminRole, "admin-role", "", "the identity may administer the cluster as reader, operator or security (docs/ADMIN.md)")
+	p.BoolVar(&f.e.Admin, "admin", false, "the same as --admin-role security")
 	p.BoolVar(&f.e.Downstream, "downstream", false, "the identity is a CA cluster below this one: it may have an authority signed")
 	p.DurationVar(&f.after, "expires-in", 0, "the entry ends after this time")
+	_ = cmd.RegisterFlagCompletionFunc("admin-role", cobra.FixedCompletions([]string{"reader", "operator", "security"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("selector", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		var out []string
 		for _, n := range identity.SelectorNames() {
@@ -75,6 +77,7 @@ func entryCreate(a *admin) *cobra.Command {
 		Use: "create", Short: "Create an entry", Args: cobra.NoArgs,
 		Example: `  countersign entry create -s k8s:ns:prod -s k8s:sa:web --id spiffe://example.org/web --dns web.prod.svc
   countersign entry create -s k8s:cluster:edge --id 'spiffe://example.org/edge/{k8s:ns}/{k8s:sa}'
+  countersign entry create -s k8s:ns:ops -s k8s:sa:deployer --id spiffe://example.org/deployer --admin-role operator
   countersign entry create -s unix:user:postgres -s agent:kind:join_token --id spiffe://example.org/db --x509-ttl 30m`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.times()
@@ -129,6 +132,7 @@ func (f *entryFlags) merge(cmd *cobra.Command, e *adminv1.Entry) {
 		"hint":           func() { e.Hint = f.e.Hint },
 		"federates-with": func() { e.FederatesWith = f.e.FederatesWith },
 		"admin":          func() { e.Admin = f.e.Admin },
+		"admin-role":     func() { e.AdminRole, e.Admin = f.e.AdminRole, false },
 		"downstream":     func() { e.Downstream = f.e.Downstream },
 		"expires-in":     func() { e.ExpiresAt = f.e.ExpiresAt },
 	} {
@@ -204,7 +208,7 @@ func (a *admin) completeEntries(cmd *cobra.Command, args []string, _ string) ([]
 }
 
 func entryTable(entries ...*adminv1.Entry) cli.Table {
-	t := cli.Table{Header: []string{"ID", "SPIFFE ID", "SELECTORS", "X509 TTL", "JWT TTL", "EXPIRES"}}
+	t := cli.Table{Header: []string{"ID", "SPIFFE ID", "SELECTORS", "X509 TTL", "JWT TTL", "EXPIRES", "POWER"}}
 	ttl := func(d *durationpb.Duration) string {
 		if d == nil {
 			return "default"
@@ -212,7 +216,21 @@ func entryTable(entries ...*adminv1.Entry) cli.Table {
 		return d.AsDuration().String()
 	}
 	for _, e := range entries {
-		t.Rows = append(t.Rows, []string{e.Id, e.SpiffeId, strings.Join(e.Selectors, " "), ttl(e.X509Ttl), ttl(e.JwtTtl), timeCell(e.ExpiresAt)})
+		t.Rows = append(t.Rows, []string{e.Id, e.SpiffeId, strings.Join(e.Selectors, " "), ttl(e.X509Ttl), ttl(e.JwtTtl), timeCell(e.ExpiresAt), orDash(strings.Join(powers(e), " "))})
 	}
 	return t
+}
+
+// powers are what an identity may do beyond what workloads may.
+func powers(e *adminv1.Entry) (out []string) {
+	switch {
+	case e.AdminRole != "":
+		out = append(out, "admin:"+e.AdminRole)
+	case e.Admin:
+		out = append(out, "admin:"+string(identity.AdminSecurity))
+	}
+	if e.Downstream {
+		out = append(out, "downstream")
+	}
+	return out
 }

@@ -219,7 +219,7 @@ func (m *member) open(ctx context.Context) error {
 		return err
 	}
 	m.tls = server.TLSConfig{TrustDomain: m.td, Certificate: m.ca.MemberCertificate, Bundle: m.bundle, Authorities: m.store.Authorities, Now: m.hooks.now}
-	m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Downstream: m.isDownstream, Log: m.log})
+	m.port, err = server.NewListener(server.ListenConfig{TCP: m.tcp, TLS: server.ServerTLS(m.tls), Downstream: m.isDownstream, Admin: m.isAdmin, Log: m.log})
 	return err
 }
 
@@ -291,7 +291,7 @@ func (m *member) replicate(ctx context.Context) error {
 	w := m.store.Writer(m.node)
 	m.server, err = server.New(server.Config{
 		TrustDomain: m.td, MemberID: c.Name, Version: version, Level: store.Level,
-		Agents: m.port.Agents(), Guests: m.port.Guests(), Admin: m.admin,
+		Agents: m.port.Agents(), Guests: m.port.Guests(), Admins: m.port.Admins(), Admin: m.admin, AdminRoles: m.adminRoles(),
 		CA: m.ca, State: server.State{EntryReader: m.store, Registry: m.store, Trust: m.store, Admission: m.store},
 		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
 		Pods:    m.pods,

@@ -45,6 +45,23 @@ func (m *member) isDownstream(id spiffeid.ID) bool {
 	return ok
 }
 
+// isAdmin reports whether the ID has an admin's power.
+func (m *member) isAdmin(id spiffeid.ID) bool {
+	s := m.serving.Load()
+	return s != nil && s.IsAdmin(id)
+}
+
+// adminRoles are the admins by configuration, which has been checked.
+func (m *member) adminRoles() map[spiffeid.ID]identity.AdminRole {
+	out := map[spiffeid.ID]identity.AdminRole{}
+	for _, a := range m.c.Admin.IDs {
+		if id, err := spiffeid.FromString(a.ID); err == nil {
+			out[id] = identity.AdminRole(a.Role)
+		}
+	}
+	return out
+}
+
 func vaultConfig(v *config.Vault) vault.Config {
 	out := vault.Config{Address: v.Address, CAFile: v.CAFile, Namespace: v.Namespace, TokenFile: v.TokenFile}
 	if a := v.AppRole; a != nil {

@@ -4,7 +4,8 @@
 // 	protoc        v3.21.12
 // source: api/admin/v1/admin.proto
 
-// What an operator does. Served on a Unix socket whose peer must be root or the server's own user.
+// What an operator does. Served on a Unix socket whose peer must be root or the server's own user, and on the TLS port to
+// admins who show an SVID.
 
 package adminv1
 

@@ -1,0 +1,197 @@
+package integration
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"countersign.io/countersign/integration/cluster"
+)
+
+// ran is a command that ended.
+type ran struct {
+	code      int
+	out, errs string
+}
+
+// countersign runs a command as an operator on another machine does: with no admin socket at hand.
+func (w *world) countersign(env []string, args ...string) ran {
+	w.t.Helper()
+	var out, errs bytes.Buffer
+	cmd := exec.CommandContext(w.ctx, filepath.Join(bin, "countersign"), args...)
+	cmd.Env = append([]string{"HOME=" + w.Dir, "PATH=" + os.Getenv("PATH"), "GORACE=" + os.Getenv("GORACE")}, env...)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		w.t.Fatal(err)
+	}
+	return ran{cmd.ProcessState.ExitCode(), out.String(), errs.String()}
+}
+
+// adminEntry makes an admin of this test's processes on one agent.
+func (w *world) adminEntry(a *cluster.Agent, id, role string) string {
+	w.t.Helper()
+	var list struct{ Agents []struct{ ID string } }
+	if err := json.Unmarshal([]byte(w.admin("agent", "list", "-o", "json")), &list); err != nil || len(list.Agents) != 1 {
+		w.t.Fatalf("%d agents, %v", len(list.Agents), err)
+	}
+	return w.createEntry("-s", fmt.Sprintf("unix:uid:%d", os.Getuid()), "-s", "agent:id:"+list.Agents[0].ID, "--id", id, "--admin-role", role)
+}
+
+// TestRemoteAdmin: a workload whose entry makes it an operator administers the cluster from where it is, and no longer than the entry is there.
+func TestRemoteAdmin(t *testing.T) {
+	w := newWorld(t, 3, "")
+	a := w.agent()
+	id := "spiffe://" + trustDomain + "/ops/alice"
+	entry := w.adminEntry(a, id, "operator")
+	servers := w.Members[1].Address + "," + w.Members[2].Address
+	as := func(args ...string) ran {
+		return w.countersign([]string{"SPIFFE_ENDPOINT_SOCKET=" + a.Endpoint()}, append(args, "--member", servers)...)
+	}
+	ok := func(args ...string) string {
+		t.Helper()
+		r := as(args...)
+		if r.code != 0 {
+			t.Fatalf("%v: exit code %d: %s", args, r.code, r.errs)
+		}
+		return r.out
+	}
+	refused := func(why string, args ...string) {
+		t.Helper()
+		if r := as(args...); r.code != 4 || !strings.Contains(r.errs, why) || !strings.Contains(r.errs, "request ID") {
+			t.Errorf("%v: exit code %d: %s", args, r.code, r.errs)
+		}
+	}
+	w.eventually("the agent gives the admin's SVID", func() error {
+		if r := as("status"); r.code != 0 {
+			return errors.New(r.errs)
+		}
+		return nil
+	})
+	// Reads and writes by the same commands as on the socket.
+	if out := ok("entry", "list", "-o", "json"); !strings.Contains(out, entry) {
+		t.Errorf("the list lacks its own entry: %s", out)
+	}
+	ok("cluster", "status")
+	var made struct{ ID string }
+	if err := json.Unmarshal([]byte(ok("entry", "create", "-s", "k8s:ns:shop", "--id", "spiffe://"+trustDomain+"/shop", "-o", "json")), &made); err != nil {
+		t.Fatal(err)
+	}
+	w.admin("entry", "show", made.ID)
+	if tok := ok("token", "create", "--agent"); len(tok) < 40 {
+		t.Errorf("token %q", tok)
+	}
+	// What is for higher roles.
+	for _, args := range [][]string{
+		{"seal", "rotate"}, {"token", "create", "--server"}, {"cluster", "remove", "ca-3"}, {"backup", "save", filepath.Join(w.Dir, "stolen")},
+		{"kube", "add", "evil", "--issuer", w.iss.URL, "--jwks-file", w.iss.JWKSFile, "--default-id", "/evil/{k8s:ns}/{k8s:sa}"},
+		{"entry", "create", "-s", "k8s:ns:mine", "--id", "spiffe://" + trustDomain + "/mine", "--admin"},
+		{"entry", "update", entry, "--admin-role", "security"},
+		{"x509", "mint", "--id", id, "--write", filepath.Join(w.Dir, "self")},
+	} {
+		refused("needs the role security", args...)
+	}
+	for _, name := range []string{"stolen", "self"} {
+		if _, err := os.Stat(filepath.Join(w.Dir, name)); err == nil {
+			t.Errorf("%s is there", name)
+		}
+	}
+	// A minted SVID is a way in for who has the role, from files.
+	reader := "spiffe://" + trustDomain + "/ops/bob"
+	w.admin("entry", "create", "-s", "k8s:ns:nobody", "--id", reader, "--admin-role", "reader")
+	dir := filepath.Join(w.Dir, "bob")
+	w.admin("x509", "mint", "--id", reader, "--write", dir, "--ttl", "10m")
+	bob := func(args ...string) ran {
+		return w.countersign([]string{"COUNTERSIGN_MEMBER=" + w.Members[0].Address}, append(args, "--svid", dir)...)
+	}
+	if r := bob("agent", "list"); r.code != 0 {
+		t.Errorf("a reader with files: exit code %d: %s", r.code, r.errs)
+	}
+	if r := bob("agent", "list", "--member", w.Members[1].Address, "--svid-bundle", filepath.Join(dir, "svid.pem")); r.code != 4 {
+		t.Errorf("a member that the bundle does not vouch for: exit code %d: %s", r.code, r.errs)
+	}
+	if r := bob("token", "create", "--agent"); r.code != 4 || !strings.Contains(r.errs, "needs the role operator") {
+		t.Errorf("a reader writes: exit code %d: %s", r.code, r.errs)
+	}
+	if err := os.Chmod(filepath.Join(dir, "key.pem"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if r := bob("agent", "list"); r.code != 2 || !strings.Contains(r.errs, "key.pem") {
+		t.Errorf("a key that others can read: exit code %d: %s", r.code, r.errs)
+	}
+	// Each call is on record at the member that it was made to: who, with which certificate, as what, and how it ended.
+	out, err := w.Members[1].Admin(w.ctx, bin, "audit", "query", "--who", id, "-o", "json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"action":"admin.create_entry","outcome":"attempted"`, `"action":"admin.rotate_seal","outcome":"refused"`, `"kind":"admin"`, `"role":"operator"`, `"serial":"`} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the records lack %s: %.2000s", want, out)
+		}
+	}
+	// The entry is all that the power hangs on.
+	w.admin("entry", "delete", entry)
+	if r := as("status"); r.code != 4 {
+		t.Errorf("without the entry: exit code %d: %s", r.code, r.errs)
+	}
+}
+
+// A minted SVID outlasts its entry, its power does not: the certificate is valid, and nobody any more.
+func TestRemoteAdminLosesPower(t *testing.T) {
+	w := newWorld(t, 1, "")
+	id := "spiffe://" + trustDomain + "/ops/carol"
+	entry := w.createEntry("-s", "k8s:ns:nobody", "--id", id, "--admin-role", "security")
+	dir := filepath.Join(w.Dir, "carol")
+	w.admin("x509", "mint", "--id", id, "--write", dir)
+	carol := func(args ...string) ran {
+		return w.countersign(nil, append(args, "--svid", dir, "--member", w.Members[0].Address)...)
+	}
+	if r := carol("seal", "rotate", "-o", "json"); r.code != 0 {
+		t.Fatalf("exit code %d: %s", r.code, r.errs)
+	}
+	if r := carol("backup", "save", filepath.Join(w.Dir, "backup")); r.code != 0 {
+		t.Fatalf("exit code %d: %s", r.code, r.errs)
+	}
+	follow := exec.CommandContext(w.ctx, filepath.Join(bin, "countersign"), "audit", "tail", "-f", "--svid", dir, "--member", w.Members[0].Address)
+	var errs bytes.Buffer
+	follow.Stderr = &errs
+	lines, err := follow.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := follow.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lines.Read(make([]byte, 1)); err != nil { // it follows
+		t.Fatal(err)
+	}
+	go func() {
+		for b := make([]byte, 4096); ; {
+			if _, err := lines.Read(b); err != nil {
+				return
+			}
+		}
+	}()
+	w.admin("entry", "delete", entry)
+	if r := carol("status"); r.code != 4 || !strings.Contains(r.errs, "is no admin") {
+		t.Errorf("without the entry: exit code %d: %s", r.code, r.errs)
+	}
+	if err := follow.Wait(); err == nil || !strings.Contains(errs.String(), "is no admin") {
+		t.Errorf("the stream ended with %v: %s", err, errs.String())
+	}
+	// As a member or as an agent nobody is let in: their SVIDs are never admins'.
+	client, err := w.NewClient(w.ctx, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := w.countersign(nil, "entry", "create", "-s", "k8s:ns:x", "--id", client.ID, "--admin", "--socket", w.Members[0].Socket); r.code != 2 {
+		t.Errorf("an agent as an admin: exit code %d: %s", r.code, r.errs)
+	}
+}
