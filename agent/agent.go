@@ -93,6 +93,7 @@ type Agent struct {
 	jwts            *lru.Cache[jwtKey, jwtAnswer]
 	jwtGo           singleflight.Group
 	keygen          chan struct{} // bounds the keys being made at once
+	ownSooner       chan struct{} // cap 1: the agent's own SVID is to be renewed sooner than it was
 	loaded          chan struct{} // closed once the state dir has been read: callers wait for it
 }
 
@@ -120,7 +121,7 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log, keygen: make(chan struct{}, keysAtOnce()), loaded: make(chan struct{})}
+	a := &Agent{cfg: cfg, log: cfg.Log, keygen: make(chan struct{}, keysAtOnce()), loaded: make(chan struct{}), ownSooner: make(chan struct{}, 1)}
 	if err := a.firstTrust(); err != nil {
 		errs = append(errs, err)
 	}
@@ -179,6 +180,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 		defer unlock.Close()
 		a.restore(time.Now())
+	} else {
+		a.cache.uses.since = time.Now()
 	}
 	close(a.loaded)
 	g, ctx := errgroup.WithContext(ctx)

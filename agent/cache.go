@@ -91,6 +91,7 @@ type cache struct {
 	handles  uint64 // the last one given
 	epochs   uint64
 	streams  int
+	uses     uses
 	issuer   [][]byte // the last issuer chain: SVIDs share it
 
 	rearm chan struct{} // cap 1: the first timer may have changed
@@ -98,18 +99,17 @@ type cache struct {
 	unwatched map[uint64]struct{} // handles that the member is to be told about
 	watchWake chan struct{}       // of the session; nil without one
 
-	persist     bool // there is a state dir
-	unsaved     map[string]struct{}
-	unsavedOwn  bool
-	unsavedBund bool
-	saveWake    chan struct{} // cap 1
+	persist  bool // there is a state dir
+	unsaved  unsaved
+	saveWake chan struct{} // cap 1
 }
 
 func (c *cache) init(persist bool) {
 	c.byKey = map[string]*workload{}
 	c.byHandle = map[uint64]*workload{}
 	c.unwatched = map[uint64]struct{}{}
-	c.unsaved = map[string]struct{}{}
+	c.unsaved.keys = map[string]struct{}{}
+	c.uses.init()
 	c.persist = persist
 	c.rearm = make(chan struct{}, 1)
 	c.saveWake = make(chan struct{}, 1)
@@ -186,9 +186,13 @@ func (c *cache) settle(w *workload, f *flight, key string, res *issued, now time
 		c.schedule(w, now.Add(changedRetry))
 	case res.err == nil:
 		c.rename(w, key)
-		w.svids, w.selectors, w.update = res.svids, res.selectors, nil
+		c.replace(w, res.svids)
+		w.selectors, w.update = res.selectors, nil
 		w.changedAt, w.minRevision = time.Time{}, 0
 		w.renewAt = halfLife(now, w.expires())
+		if slices.ContainsFunc(w.svids, func(s identity.X509SVID) bool { return c.uses.ending[s.Authority].Tainted }) {
+			w.renewAt = now.Add(lagging) // the member that answered does not know yet
+		}
 		c.schedule(w, w.renewAt)
 		c.tell(w)
 		c.watch(w.handle)
@@ -253,11 +257,16 @@ func (c *cache) drop(w *workload, why error) {
 		heap.Remove(&c.timers, w.index)
 	}
 	if len(w.svids) > 0 {
+		c.count(w.svids, -1)
+		c.strays(w.svids)
 		c.watch(w.handle)
 		c.save(w.key)
 	}
 	c.tell(w)
 }
+
+// lagging is how long after an answer under a tainted authority the next question is asked.
+const lagging = time.Second
 
 func (c *cache) dropAll(why error) (n int) {
 	c.mu.Lock()
@@ -342,6 +351,9 @@ func (c *cache) detach(w *workload, s *stream) {
 	defer c.mu.Unlock()
 	if i := slices.Index(w.streams, s); i >= 0 {
 		w.streams = slices.Delete(w.streams, i, i+1)
+		if w.gone == nil {
+			c.strays(w.svids) // who leaves may go on using what he has
+		}
 		if len(w.streams) == 0 {
 			w.streams = nil
 		}
@@ -395,7 +407,7 @@ func (c *cache) bundlesChanged() {
 	for _, w := range c.byKey {
 		c.tell(w)
 	}
-	c.unsavedBund = true
+	c.unsaved.bundles = true
 	wake(c.saveWake)
 }
 

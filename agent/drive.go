@@ -126,9 +126,10 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 			s.close()
 			return s.addr, s.err()
 		case <-timer.C:
+		case <-a.ownSooner:
 		}
 		o := a.own.Load()
-		if s.connectedAs == o {
+		if s.connectedAs.tls == o.tls { // what differs else is when to renew it
 			if time.Now().Before(o.renewAt) {
 				timer.Reset(time.Until(o.renewAt))
 				continue

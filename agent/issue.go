@@ -219,19 +219,19 @@ func takeResult(t *trust, r *workloadv1.X509Result, issuer [][]byte, revision ui
 
 // checkWorkload verifies an SVID for a workload and completes it from the certificate, whose times are what counts.
 func (t *trust) checkWorkload(s *identity.X509SVID, key keyPair, now time.Time) error {
-	id, leaf, err := t.verifySVID(s.Chain, key.public, now)
+	got, err := t.verifySVID(s.Chain, key.public, now)
 	if err != nil {
 		return err
 	}
-	if id != s.ID {
-		return fmt.Errorf("%w: a certificate of %s was announced as one of %s", errAnswer, id, s.ID)
+	if got.id != s.ID {
+		return fmt.Errorf("%w: a certificate of %s was announced as one of %s", errAnswer, got.id, s.ID)
 	}
-	if _, err := identity.ParseWorkloadID(t.td, id.String()); err != nil {
+	if _, err := identity.ParseWorkloadID(t.td, got.id.String()); err != nil {
 		return fmt.Errorf("%w: %w", errAnswer, err)
 	}
 	if len(s.Hint) > identity.MaxHintBytes {
 		return fmt.Errorf("%w: a hint of %d bytes", errAnswer, len(s.Hint))
 	}
-	s.Key, s.NotBefore, s.NotAfter = key.private, leaf.NotBefore, leaf.NotAfter
+	s.Key, s.NotBefore, s.NotAfter, s.Authority = key.private, got.leaf.NotBefore, got.leaf.NotAfter, got.authority
 	return nil
 }

@@ -26,15 +26,17 @@ type ownSVID struct {
 	reattestable bool
 	notAfter     time.Time
 	renewAt      time.Time
+	authority    string // that it is under
 	tls          *tls.Certificate
 }
 
 // newOwnSVID checks what a member answered, or what the state dir holds.
 func newOwnSVID(t *trust, id string, chain [][]byte, key keyPair, reattestable bool, now time.Time) (*ownSVID, error) {
-	got, leaf, err := t.verifySVID(chain, key.public, now)
+	svid, err := t.verifySVID(chain, key.public, now)
 	if err != nil {
 		return nil, fmt.Errorf("checking the agent's SVID: %w", err)
 	}
+	got, leaf := svid.id, svid.leaf
 	if got.String() != id || identity.RoleOf(got) != identity.RoleAgent {
 		return nil, fmt.Errorf("checking the agent's SVID: %w: it is for %s, announced as %q: want an agent's ID", errAnswer, got, id)
 	}
@@ -44,8 +46,8 @@ func newOwnSVID(t *trust, id string, chain [][]byte, key keyPair, reattestable b
 	}
 	return &ownSVID{
 		id: got, chain: chain, key: key.private, reattestable: reattestable, notAfter: leaf.NotAfter,
-		renewAt: halfLife(now, leaf.NotAfter),
-		tls:     &tls.Certificate{Certificate: chain, PrivateKey: signer, Leaf: leaf},
+		renewAt: halfLife(now, leaf.NotAfter), authority: svid.authority,
+		tls: &tls.Certificate{Certificate: chain, PrivateKey: signer, Leaf: leaf},
 	}, nil
 }
 
@@ -182,8 +184,12 @@ func (a *Agent) takeOwn(s *nodev1.AgentSVID, key keyPair, td spiffeid.TrustDomai
 	if err != nil {
 		return err
 	}
+	if t.ending[o.authority].Tainted { // the member that answered does not know yet
+		o.renewAt = time.Now().Add(lagging)
+	}
 	a.own.Store(o)
 	a.setTrust(t)
+	a.cache.ownChanged()
 	if a.state != nil {
 		a.cache.markOwn()
 	}
@@ -209,6 +215,32 @@ func (a *Agent) setTrust(t *trust) {
 	}
 	a.trust.Store(t)
 	a.cache.bundlesChanged()
+	a.giveUp(t)
+}
+
+// giveUp replaces what the bundle gives up: SVIDs, the agent's own, and what is left of tokens.
+func (a *Agent) giveUp(t *trust) {
+	now := time.Now()
+	a.cache.giveUp(t, now)
+	for id, e := range t.ending {
+		if _, jwt := t.own.JWT[id]; jwt && e.Tainted {
+			a.jwts.Purge() // the cheapest way to hand out none of its tokens
+		}
+	}
+	o := a.own.Load()
+	if o == nil {
+		return
+	}
+	g := &given{t: t, now: now, known: map[*byte]bool{}}
+	if up, within := g.anyUp([]identity.X509SVID{{Chain: o.chain, Authority: o.authority}}); up {
+		sooner := *o
+		if at := now.Add(spread(within)); at.Before(o.renewAt) {
+			sooner.renewAt = at
+			if a.own.CompareAndSwap(o, &sooner) {
+				wake(a.ownSooner)
+			}
+		}
+	}
 }
 
 // takeBundles is a member's push of bundles. It reports whether they were older than what is held.

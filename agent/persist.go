@@ -27,8 +27,12 @@ func (a *Agent) restore(now time.Time) {
 	if data == nil {
 		if err != nil {
 			ignore(a.state.trust(), err)
+			a.cache.uses.since = now
 		}
 		return // without a bundle nothing else can be checked
+	}
+	if err := a.restoreUses(now); err != nil {
+		ignore(a.state.uses(), err)
 	}
 	t, anchor, members, err := parseTrust(data)
 	if err == nil && anchor != a.anchor() && !a.vouched(t) {
@@ -133,7 +137,9 @@ func (c *cache) restore(s *savedWorkload, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	w := c.add(s.key)
-	w.svids, w.selectors = s.svids, s.selectors
+	c.replace(w, s.svids)
+	c.strays(w.svids) // not every caller of before need come back
+	w.selectors = s.selectors
 	for i := range w.svids {
 		at := renewRestored(w.svids[i].NotBefore, w.svids[i].NotAfter, now)
 		if w.renewAt.IsZero() || at.Before(w.renewAt) {
@@ -146,7 +152,7 @@ func (c *cache) restore(s *savedWorkload, now time.Time) {
 // save notes that a workload's file is to be written, or removed. The caller holds mu.
 func (c *cache) save(key string) {
 	if c.persist {
-		c.unsaved[key] = struct{}{}
+		c.unsaved.keys[key] = struct{}{}
 		wake(c.saveWake)
 	}
 }
@@ -154,24 +160,30 @@ func (c *cache) save(key string) {
 func (c *cache) markOwn() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.unsavedOwn = true
+	c.unsaved.own = true
 	wake(c.saveWake)
 }
 
 func (c *cache) markTrust() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.unsavedBund = true
+	c.unsaved.bundles = true
 	wake(c.saveWake)
 }
 
+// unsaved is what changed and is not in the state dir yet.
+type unsaved struct {
+	keys               map[string]struct{} // of workloads
+	own, bundles, uses bool
+}
+
 // takeUnsaved returns what changed since the last call.
-func (c *cache) takeUnsaved() (keys map[string]struct{}, own, bundles bool) {
+func (c *cache) takeUnsaved() unsaved {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	keys, own, bundles = c.unsaved, c.unsavedOwn, c.unsavedBund
-	c.unsaved, c.unsavedOwn, c.unsavedBund = map[string]struct{}{}, false, false
-	return keys, own, bundles
+	u := c.unsaved
+	c.unsaved = unsaved{keys: map[string]struct{}{}}
+	return u
 }
 
 // saved is what a restart should find of a workload; nil: nothing.
@@ -211,8 +223,8 @@ func (a *Agent) persistDirty() {
 			failed(path, err)
 		}
 	}
-	keys, own, bundles := a.cache.takeUnsaved()
-	if t := a.trust.Load(); bundles && t != nil { // first: the others mean nothing without it
+	dirty := a.cache.takeUnsaved()
+	if t := a.trust.Load(); dirty.bundles && t != nil { // first: the others mean nothing without it
 		var members []string
 		if m := a.members.Load(); m != nil {
 			members = *m
@@ -220,11 +232,15 @@ func (a *Agent) persistDirty() {
 		data, err := encodeTrust(t, a.anchor(), members)
 		write(a.state.trust(), data, err)
 	}
-	if o := a.own.Load(); own && o != nil {
+	if o := a.own.Load(); dirty.own && o != nil {
 		data, err := encodeOwn(o)
 		write(a.state.own(), data, err)
 	}
-	for key := range keys {
+	if dirty.uses || dirty.bundles {
+		data, err := encodeUses(a.cache.strayUses(time.Now()))
+		write(a.state.uses(), data, err)
+	}
+	for key := range dirty.keys {
 		path := a.state.svid(key)
 		w := a.cache.saved(key, time.Now())
 		if w == nil {

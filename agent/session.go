@@ -17,6 +17,7 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"countersign.io/countersign/api"
 	nodev1 "countersign.io/countersign/api/node/v1"
@@ -46,8 +47,9 @@ type session struct {
 	once sync.Once
 	wg   sync.WaitGroup // the stream's goroutines
 
-	ackMu sync.Mutex
-	ack   *nodev1.Ack // to be sent
+	ackMu    sync.Mutex
+	acks     bool   // there is something to acknowledge
+	revision uint64 // of the last push
 
 	calls   int  // owned by link.mu
 	retired bool // owned by link.mu
@@ -219,7 +221,7 @@ func (a *Agent) handle(s *session, m *nodev1.SyncResponse) error {
 	a.link.revision = m.Revision
 	a.link.mu.Unlock()
 	s.ackMu.Lock()
-	s.ack = &nodev1.Ack{Revision: m.Revision, BundleSequence: a.trust.Load().own.Sequence}
+	s.acks, s.revision = true, m.Revision
 	s.ackMu.Unlock()
 	wake(s.wake)
 	return nil
@@ -263,11 +265,16 @@ func (a *Agent) send(s *session) error {
 			}
 		}
 		s.ackMu.Lock()
-		ack := s.ack
-		s.ack = nil
+		acks, revision := s.acks, s.revision
+		s.acks = false
 		s.ackMu.Unlock()
-		if ack == nil {
+		if uses := a.cache.takeUses(); !acks && !uses {
 			continue
+		}
+		ack := &nodev1.Ack{Revision: revision, BundleSequence: a.trust.Load().own.Sequence, Tells: true}
+		var since time.Time
+		if ack.Uses, since = a.cache.listUses(a.own.Load(), time.Now()); !since.IsZero() {
+			ack.Since = timestamppb.New(since)
 		}
 		if err := s.stream.Send(&nodev1.SyncRequest{Message: &nodev1.SyncRequest_Ack{Ack: ack}}); err != nil {
 			return s.sendFailed()

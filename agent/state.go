@@ -35,6 +35,7 @@ const (
 //	lock         held while an agent runs
 //	agent.json   the agent's own SVID
 //	trust.json   bundles and members
+//	uses.json    until when SVIDs last that callers have who are gone
 //	svid/HEX.json  one workload each
 //
 // Every file is replaced whole. A crash leaves the old one, at worst an SVID that was dropped a moment before: the
@@ -69,6 +70,7 @@ func openStateDir(path string, memory func(string) (bool, error)) (*stateDir, er
 func (d *stateDir) lock() (io.Closer, error) { return durable.Lock(filepath.Join(d.path, "lock")) }
 func (d *stateDir) own() string              { return filepath.Join(d.path, "agent.json") }
 func (d *stateDir) trust() string            { return filepath.Join(d.path, "trust.json") }
+func (d *stateDir) uses() string             { return filepath.Join(d.path, "uses.json") }
 
 func (d *stateDir) svid(key string) string {
 	h := sha256.Sum256([]byte(key))
@@ -90,6 +92,11 @@ type trustFile struct {
 	Own     bundleJSON   `json:"own"`
 	Others  []bundleJSON `json:"others"`
 	Members []string     `json:"members"`
+}
+
+type usesFile struct {
+	Version int                  `json:"version"`
+	Stray   map[string]time.Time `json:"stray"` // by the ID of an authority
 }
 
 type bundleJSON struct {
@@ -171,6 +178,19 @@ func parseTrust(data []byte) (t *trust, anchor string, members []string, err err
 	}
 	t, err = newTrust(nil, own.TrustDomain, own, others)
 	return t, f.Anchor, f.Members, err
+}
+
+// encodeUses and parseUses are each other's inverse.
+func encodeUses(stray map[string]time.Time) ([]byte, error) {
+	return json.Marshal(usesFile{Version: stateVersion, Stray: stray})
+}
+
+func parseUses(data []byte) (map[string]time.Time, error) {
+	var f usesFile
+	if err := decode(data, &f, func(f *usesFile) int { return f.Version }); err != nil {
+		return nil, err
+	}
+	return f.Stray, nil
 }
 
 // encodeOwn and parseOwn are each other's inverse.

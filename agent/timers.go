@@ -76,7 +76,8 @@ func (c *cache) expire(now time.Time) (renew []*workload) {
 				c.drop(w, fmt.Errorf("%w: the SVID has expired and no member could renew it", identity.ErrUnavailable))
 				continue
 			}
-			w.svids, w.update = rest, nil
+			c.replace(w, rest)
+			w.update = nil
 			c.watch(w.handle)
 			c.save(w.key)
 			c.tell(w)

@@ -7,6 +7,7 @@ import (
 	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -35,14 +36,16 @@ type trust struct {
 	ownOnly map[spiffeid.TrustDomain]*identity.Bundle // shared by every Update that federates with nobody
 	roots   *x509.CertPool
 	jwt     *jwtbundle.Bundle
+	ending  map[string]identity.Ending // of own, by ID
 
 	mu      sync.Mutex
 	issuers map[[sha256.Size]byte]verifiedIssuer // a cache: what chains to roots
 }
 
 type verifiedIssuer struct {
-	pool     *x509.CertPool
-	notAfter time.Time
+	pool      *x509.CertPool
+	authority string // ID of the one that signed it
+	notAfter  time.Time
 }
 
 // newTrust checks the bundles. It keeps the old one's pointers where the content is the same, and returns old itself
@@ -58,6 +61,10 @@ func newTrust(old *trust, td spiffeid.TrustDomain, own *identity.Bundle, federat
 		td: td, own: own, roots: x509.NewCertPool(), issuers: map[[sha256.Size]byte]verifiedIssuer{},
 		all:     map[spiffeid.TrustDomain]*identity.Bundle{td: own},
 		ownOnly: map[spiffeid.TrustDomain]*identity.Bundle{td: own},
+		ending:  make(map[string]identity.Ending, len(own.Ending)),
+	}
+	for _, e := range own.Ending {
+		t.ending[e.ID] = e
 	}
 	same := old != nil && own == old.own && len(old.all) == len(federated)+1
 	for _, b := range federated {
@@ -98,7 +105,7 @@ func newTrust(old *trust, td spiffeid.TrustDomain, own *identity.Bundle, federat
 
 func sameBundle(a, b *identity.Bundle) bool {
 	if a.TrustDomain != b.TrustDomain || a.Sequence != b.Sequence || a.RefreshHint != b.RefreshHint || len(a.JWT) != len(b.JWT) ||
-		!slices.EqualFunc(a.X509, b.X509, bytes.Equal) {
+		!slices.EqualFunc(a.X509, b.X509, bytes.Equal) || !slices.Equal(a.Ending, b.Ending) {
 		return false
 	}
 	for kid, k := range a.JWT {
@@ -140,42 +147,53 @@ func (t *trust) bundlesFor(svids []identity.X509SVID) map[spiffeid.TrustDomain]*
 
 // verifySVID checks a chain as issued to the agent for the public key: live at now, not a CA's, its one URI SAN an ID of
 // the trust domain, leading to the bundle (X509-SVID sections 2 to 5).
-func (t *trust) verifySVID(chain [][]byte, public []byte, now time.Time) (spiffeid.ID, *x509.Certificate, error) {
-	var none spiffeid.ID
+func (t *trust) verifySVID(chain [][]byte, public []byte, now time.Time) (verifiedSVID, error) {
+	var none verifiedSVID
 	if len(chain) == 0 {
-		return none, nil, fmt.Errorf("%w: no certificate", errAnswer)
+		return none, fmt.Errorf("%w: no certificate", errAnswer)
 	}
 	leaf, err := x509.ParseCertificate(chain[0])
 	if err != nil {
-		return none, nil, fmt.Errorf("%w: parsing the leaf: %v", errAnswer, err)
+		return none, fmt.Errorf("%w: parsing the leaf: %v", errAnswer, err)
 	}
 	if !bytes.Equal(leaf.RawSubjectPublicKeyInfo, public) {
-		return none, nil, fmt.Errorf("%w: the certificate is for another key", errAnswer)
+		return none, fmt.Errorf("%w: the certificate is for another key", errAnswer)
 	}
 	id, err := x509svid.IDFromCert(leaf)
 	if err != nil {
-		return none, nil, fmt.Errorf("%w: %v", errAnswer, err)
+		return none, fmt.Errorf("%w: %v", errAnswer, err)
 	}
 	if id.TrustDomain() != t.td {
-		return none, nil, fmt.Errorf("%w: %s is not of trust domain %q", errAnswer, id, t.td)
+		return none, fmt.Errorf("%w: %s is not of trust domain %q", errAnswer, id, t.td)
 	}
 	if leaf.IsCA || leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0 || leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
-		return none, nil, fmt.Errorf("%w: the certificate of %s has not the key usage of a leaf", errAnswer, id)
+		return none, fmt.Errorf("%w: the certificate of %s has not the key usage of a leaf", errAnswer, id)
 	}
-	roots, err := t.issuer(chain[1:], now)
+	issuer, err := t.issuer(chain[1:], now)
 	if err != nil {
-		return none, nil, err
+		return none, err
 	}
-	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
-		return none, nil, fmt.Errorf("%w: the certificate of %s: %v (if it is a matter of time: is this node's clock right?)", errAnswer, id, err)
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: issuer.pool, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+		return none, fmt.Errorf("%w: the certificate of %s: %v (if it is a matter of time: is this node's clock right?)", errAnswer, id, err)
 	}
-	return id, leaf, nil
+	if len(chain) == 1 {
+		issuer.authority = hex.EncodeToString(leaf.AuthorityKeyId)
+	}
+	return verifiedSVID{id: id, leaf: leaf, authority: issuer.authority}, nil
+}
+
+// verifiedSVID is what verifySVID found; authority is the ID of the x509 authority that it is under.
+type verifiedSVID struct {
+	id        spiffeid.ID
+	leaf      *x509.Certificate
+	authority string
 }
 
 // issuer verifies what stands behind a leaf, once per chain: a leaf then costs one signature check and not two.
-func (t *trust) issuer(chain [][]byte, now time.Time) (*x509.CertPool, error) {
+func (t *trust) issuer(chain [][]byte, now time.Time) (verifiedIssuer, error) {
+	var none verifiedIssuer
 	if len(chain) == 0 {
-		return t.roots, nil
+		return verifiedIssuer{pool: t.roots}, nil
 	}
 	h := sha256.New()
 	for _, der := range chain {
@@ -186,19 +204,19 @@ func (t *trust) issuer(chain [][]byte, now time.Time) (*x509.CertPool, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if v, ok := t.issuers[key]; ok && now.Before(v.notAfter) {
-		return v.pool, nil
+		return v, nil
 	}
 	certs, err := parseChain(chain)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %v", errAnswer, err)
+		return none, fmt.Errorf("%w: %v", errAnswer, err)
 	}
 	path, err := certs[0].Verify(x509.VerifyOptions{
 		Roots: t.roots, Intermediates: poolOf(certs[1:]), CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil || !certs[0].IsCA {
-		return nil, fmt.Errorf("%w: the issuer does not chain to the bundle of %q (%v)", errAnswer, t.td, err)
+		return none, fmt.Errorf("%w: the issuer does not chain to the bundle of %q (%v)", errAnswer, t.td, err)
 	}
-	v := verifiedIssuer{pool: poolOf(certs[:1]), notAfter: certs[0].NotAfter}
+	v := verifiedIssuer{pool: poolOf(certs[:1]), authority: hex.EncodeToString(certs[0].AuthorityKeyId), notAfter: certs[0].NotAfter}
 	for _, c := range path[0] {
 		if c.NotAfter.Before(v.notAfter) {
 			v.notAfter = c.NotAfter
@@ -208,7 +226,7 @@ func (t *trust) issuer(chain [][]byte, now time.Time) (*x509.CertPool, error) {
 		clear(t.issuers)
 	}
 	t.issuers[key] = v
-	return v.pool, nil
+	return v, nil
 }
 
 func parseChain(chain [][]byte) ([]*x509.Certificate, error) {

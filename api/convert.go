@@ -34,8 +34,14 @@ func BundleToWire(b *identity.Bundle) *workloadv1.Bundle {
 	for kid, key := range b.JWT {
 		out.JwtAuthorities = append(out.JwtAuthorities, &workloadv1.JWTKey{Kid: kid, PublicKey: key})
 	}
+	for _, e := range b.Ending {
+		out.Ending = append(out.Ending, &workloadv1.Bundle_Ending{Id: e.ID, Tainted: e.Tainted, SpreadMs: e.Spread.Milliseconds()})
+	}
 	return out
 }
+
+// maxEnding bounds what a bundle says of authorities that end.
+const maxEnding = 64
 
 // BundleFromWire converts a bundle; a malformed trust domain is refused.
 func BundleFromWire(b *workloadv1.Bundle) (*identity.Bundle, error) {
@@ -55,6 +61,13 @@ func BundleFromWire(b *workloadv1.Bundle) (*identity.Bundle, error) {
 	}
 	for _, k := range b.JwtAuthorities {
 		out.JWT[k.Kid] = k.PublicKey
+	}
+	if len(b.Ending) > maxEnding {
+		return nil, fmt.Errorf("%w: bundle of trust domain %q: %d authorities that end: at the most %d", identity.ErrInvalid, b.TrustDomain, len(b.Ending), maxEnding)
+	}
+	for _, e := range b.Ending {
+		spread := time.Duration(min(max(e.GetSpreadMs(), 0), time.Hour.Milliseconds())) * time.Millisecond
+		out.Ending = append(out.Ending, identity.Ending{ID: e.GetId(), Tainted: e.GetTainted(), Spread: spread})
 	}
 	return out, nil
 }

@@ -23,7 +23,8 @@ const (
 	SyncAgent       Action = "agent.sync"
 	JoinMember      Action = "member.join"
 	GiveKeyring     Action = "member.keyring" // the seal's data keys, to a member
-	Call            Action = "call"           // of a method that nobody has a rule for
+	ReportUses      Action = "member.report"
+	Call            Action = "call" // of a method that nobody has a rule for
 )
 
 // What members record of themselves.
@@ -31,6 +32,7 @@ const (
 	AuthorityCreate Action = "authority.create"
 	AuthorityChange Action = "authority.change"
 	BundleChange    Action = "bundle.change"
+	RotationChange  Action = "rotation.change"
 	MemberChange    Action = "member.change"
 	SealChange      Action = "seal.change"
 )

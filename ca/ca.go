@@ -70,7 +70,7 @@ type CA struct {
 type wanted struct {
 	x509    *identity.Authority // the active one, or nil
 	jwt     *identity.Authority
-	vouched map[string]bool // IDs of every authority in the list, which is the bundle
+	vouched map[string]bool // IDs of the authorities that what was prepared a moment ago may still be signed by
 	open    func(identity.Authority) (crypto.Signer, error)
 	fault   error // of the list itself
 }
@@ -135,7 +135,8 @@ func (c *CA) SetAuthorities(authorities []identity.Authority, open func(identity
 	defer c.mu.Unlock()
 	c.want = wanted{vouched: make(map[string]bool), open: open}
 	for _, a := range authorities {
-		c.want.vouched[a.ID] = true
+		// Not a tainted one: what it signs now would have to be replaced at once.
+		c.want.vouched[a.ID] = a.State.Vouched() && a.State != identity.AuthorityTainted
 		if a.State != identity.AuthorityActive {
 			continue
 		}
@@ -295,6 +296,18 @@ func (c *CA) Ready() error {
 		err3 = nil // the same reason
 	}
 	return errors.Join(err1, err2, err3)
+}
+
+// Signs is the ID of the authority of the kind that this member signs under now; empty: it cannot sign.
+func (c *CA) Signs(kind identity.AuthorityKind) string {
+	st := c.state.Load()
+	switch {
+	case kind == identity.AuthorityX509 && st.issuer != nil:
+		return st.issuer.authority.id
+	case kind == identity.AuthorityJWT && st.jwt != nil:
+		return st.jwt.kid
+	}
+	return ""
 }
 
 // IssuerChain is this member's issuer certificate and all above it, up to a root, DER. It is nil while there is none.

@@ -115,6 +115,9 @@ func (p *PreparedX509) Serial() string { return p.serial.Text(16) }
 // NotAfter is the end of the certificate's life.
 func (p *PreparedX509) NotAfter() time.Time { return p.svid.NotAfter }
 
+// Authority is the ID of the x509 authority that it will be under.
+func (p *PreparedX509) Authority() string { return p.issuer.authority.id }
+
 // Issue signs what was prepared. Only the first call can succeed. The chain is the leaf, the issuer and, below an
 // upstream, the authority and what leads from it to the roots, without those. The error wraps identity.ErrPrecondition when the token was used, and identity.ErrUnavailable when the
 // trust domain gave the authority up since: then prepare again.

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -40,12 +41,21 @@ type Server struct {
 	Log           Log           `yaml:"log"`
 }
 
+// The values of ca.rotation.
+const (
+	RotationAuto   = "auto"
+	RotationManual = "manual"
+)
+
 // CA sets how the first authorities are made; it changes nothing once they are.
 type CA struct {
 	TTL          time.Duration `yaml:"ttl"`           // lifetime of the authorities that the cluster makes for itself
 	JWTAlgorithm string        `yaml:"jwt_algorithm"` // ES256 or RS256
 	// URI of the x509 authority's key in a KMS or HSM that every member can use, such as pkcs11:..., named on every member; empty: the cluster makes one and keeps it sealed
-	Key      string   `yaml:"key"`
+	Key string `yaml:"key"`
+	// URIs of keys in the KMS or HSM that the authority had before, until it is rotated away from them
+	OldKeys  []string `yaml:"old_keys"`
+	Rotation string   `yaml:"rotation"` // auto: prepare the next authority at half of the life of one, and let it sign at five sixths; or manual
 	Upstream Upstream `yaml:"upstream"`
 }
 
@@ -192,6 +202,7 @@ func (c *Server) complete() {
 	defDuration(&c.MaxStaleness, c.X509TTL)
 	defDuration(&c.CA.TTL, 365*24*time.Hour)
 	def(&c.CA.JWTAlgorithm, "ES256")
+	def(&c.CA.Rotation, RotationAuto)
 	def(&c.Seal.Key, "file:"+filepath.Join(c.DataDir, "kek"))
 	defDuration(&c.Cluster.RemoveDeadAfter, 24*time.Hour)
 	c.Seal.Vault.complete()
@@ -255,6 +266,15 @@ func (c *Server) Check() error {
 	}
 	c.CA.Upstream.check(&f, c.CA.Key)
 	c.Admin.check(&f, c.TrustDomain)
+	if c.CA.Rotation != RotationAuto && c.CA.Rotation != RotationManual {
+		f.add("ca.rotation: %q: want auto or manual", c.CA.Rotation)
+	}
+	for i, uri := range c.CA.OldKeys {
+		f.uri(fmt.Sprintf("ca.old_keys[%d]", i), uri)
+	}
+	if len(c.CA.OldKeys) > 0 && c.CA.Key == "" {
+		f.add("ca.old_keys: without ca.key there is no key to rotate to: name it")
+	}
 	c.Seal.check(&f)
 	for _, p := range c.Cluster.Peers {
 		f.address("cluster.peers", p)

@@ -163,16 +163,27 @@ const (
 	AuthorityJWT  AuthorityKind = "jwt"
 )
 
-// AuthorityState is where an authority stands in its life. Only an active one signs; prepared, active and
-// retiring ones are in the bundle.
+// AuthorityState is where an authority stands in its life: docs/ROTATION.md. Only an active one signs.
 type AuthorityState string
 
-// The states in order.
+// The states in order. A tainted authority is given up: what it signed is replaced at once, and trusted until then. A
+// revoked one is in the bundle no longer, and its key is gone; the record stays until its end, for operators to see.
 const (
 	AuthorityPrepared AuthorityState = "prepared"
 	AuthorityActive   AuthorityState = "active"
 	AuthorityRetiring AuthorityState = "retiring"
+	AuthorityTainted  AuthorityState = "tainted"
+	AuthorityRevoked  AuthorityState = "revoked"
 )
+
+// Vouched reports whether an authority in this state is in the bundle.
+func (s AuthorityState) Vouched() bool {
+	switch s {
+	case AuthorityPrepared, AuthorityActive, AuthorityRetiring, AuthorityTainted:
+		return true
+	}
+	return false
+}
 
 // Authority is a signing key that the trust domain vouches for, as replicated.
 type Authority struct {
@@ -193,6 +204,17 @@ type Authority struct {
 	Chain    [][]byte `json:"chain,omitempty"`
 	Roots    [][]byte `json:"roots,omitempty"`
 	Upstream string   `json:"upstream,omitempty"`
+
+	// When it got into each state, by the clock of whoever proposed that; zero: it did not, or before this was kept.
+	PreparedAt  time.Time `json:"prepared_at,omitzero"`
+	ActivatedAt time.Time `json:"activated_at,omitzero"`
+	RetiredAt   time.Time `json:"retired_at,omitzero"`
+	TaintedAt   time.Time `json:"tainted_at,omitzero"`
+	RevokedAt   time.Time `json:"revoked_at,omitzero"`
+	// Sequence is the bundle's from which on it was in there; zero: since before this was kept.
+	Sequence uint64 `json:"sequence,omitempty"`
+	// Spread is how long the replacing of what a tainted one signed is to take, so that nothing falls over.
+	Spread time.Duration `json:"spread,omitempty"`
 }
 
 // JWTKey is a JWT key of the same trust domain that another of its clusters signs with: one above ours, or below.
@@ -248,6 +270,15 @@ type Bundle struct {
 	RefreshHint time.Duration
 	X509        [][]byte          // DER certificates
 	JWT         map[string][]byte // kid -> PKIX DER
+	// Ending are the authorities, own trust domain's only, that sign no longer: sorted by ID.
+	Ending []Ending `json:",omitempty"`
+}
+
+// Ending is an authority that is still trusted and signs no longer.
+type Ending struct {
+	ID      string
+	Tainted bool
+	Spread  time.Duration // see Authority.Spread
 }
 
 // Evidence is what a caller shows for a workload.
@@ -278,6 +309,7 @@ type X509SVID struct {
 	NotBefore     time.Time
 	NotAfter      time.Time
 	FederatesWith []spiffeid.TrustDomain
+	Authority     string // ID of the x509 authority that it is under; empty at a member
 }
 
 // JWTSVID is an issued JWT-SVID.
@@ -313,4 +345,5 @@ type Change struct {
 	Members     bool
 	Seal        bool // the seal's terms changed
 	Level       bool // what commands the members may propose changed
+	Rotation    bool // a rotation began, or moved on
 }

@@ -1,8 +1,11 @@
 package server
 
 import (
+	"slices"
 	"strconv"
 	"strings"
+
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	downstreamv1 "countersign.io/countersign/api/downstream/v1"
@@ -53,6 +56,8 @@ func auditRuleFor(method string) (auditRule, bool) {
 		return auditRule{action: audit.SyncAgent, mode: auditWalk, streams: true}, true
 	case memberv1.Member_Join_FullMethodName:
 		return auditRule{action: audit.JoinMember, mode: auditWalk, on: func(req any) []string { return []string{req.(*memberv1.JoinRequest).Id} }}, true
+	case memberv1.Member_Report_FullMethodName:
+		return auditRule{action: audit.ReportUses, mode: auditWalk}, true // it decides nothing: only refusals are recorded
 	case memberv1.Member_Keyring_FullMethodName:
 		return auditRule{action: audit.GiveKeyring, mode: auditWalk}, true
 	case downstreamv1.Downstream_Sign_FullMethodName:
@@ -122,7 +127,69 @@ func adminAuditRule(method string) (auditRule, bool) {
 	case adminv1.Admin_QueryAudit_FullMethodName:
 		return auditRule{action: "admin.query_audit", mode: auditRescue}, true
 	}
+	return trustAuditRule(method)
+}
+
+func trustAuditRule(method string) (auditRule, bool) {
+	switch method {
+	case adminv1.Trust_Rotate_FullMethodName:
+		return auditRule{action: "admin.rotate", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	case adminv1.Trust_GetRotation_FullMethodName:
+		return auditRule{action: "admin.get_rotation", mode: auditRead}, true
+	case adminv1.Trust_WatchRotation_FullMethodName:
+		return auditRule{action: "admin.watch_rotation", mode: auditRead}, true
+	case adminv1.Trust_ChangeRotation_FullMethodName:
+		return auditRule{action: "admin.change_rotation", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	case adminv1.Trust_Rollback_FullMethodName:
+		return auditRule{action: "admin.rollback_rotation", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	case adminv1.Trust_PrepareAuthority_FullMethodName:
+		return auditRule{action: "admin.prepare_authority", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	case adminv1.Trust_ActivateAuthority_FullMethodName:
+		return auditRule{action: "admin.activate_authority", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	case adminv1.Trust_TaintAuthority_FullMethodName:
+		return auditRule{action: "admin.taint_authority", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	case adminv1.Trust_RevokeAuthority_FullMethodName:
+		return auditRule{action: "admin.revoke_authority", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	}
 	return auditRule{}, false
+}
+
+// kindOn is the kind of authority, and which one where that is named.
+func kindOn(req any) []string {
+	kind := req.(interface{ GetKind() string }).GetKind()
+	if r, ok := req.(interface{ GetId() string }); ok && r.GetId() != "" {
+		return []string{kind + " " + r.GetId()}
+	}
+	return []string{kind}
+}
+
+// rotateDetails are what overrides a gate, and what makes it a rehearsal.
+func rotateDetails(req any) audit.Details {
+	var d audit.Details
+	add := func(key, value string) { d = append(d, audit.Detail{Key: key, Value: value}) }
+	if r, ok := req.(interface{ GetIgnore() []string }); ok && len(r.GetIgnore()) > 0 {
+		add("ignore", strings.Join(r.GetIgnore()[:min(len(r.GetIgnore()), maxNamed)], " "))
+	}
+	for key, f := range map[string]func() bool{
+		"force":   func() bool { r, ok := req.(interface{ GetForce() bool }); return ok && r.GetForce() },
+		"dry_run": func() bool { r, ok := req.(interface{ GetDryRun() bool }); return ok && r.GetDryRun() },
+		"taint":   func() bool { r, ok := req.(interface{ GetTaint() bool }); return ok && r.GetTaint() },
+	} {
+		if f() {
+			add(key, "true")
+		}
+	}
+	if r, ok := req.(interface{ GetCompromised() string }); ok && r.GetCompromised() != "" {
+		add("compromised", r.GetCompromised())
+	}
+	if r, ok := req.(interface{ GetAckDeadline() *durationpb.Duration }); ok && r.GetAckDeadline() != nil {
+		add("ack_deadline", r.GetAckDeadline().AsDuration().String())
+	}
+	if r, ok := req.(interface{ GetUseDeadline() *durationpb.Duration }); ok && r.GetUseDeadline() != nil {
+		add("use_deadline", r.GetUseDeadline().AsDuration().String())
+	}
+	slices.SortFunc(d, func(a, b audit.Detail) int { return strings.Compare(a.Key, b.Key) })
+	return d
 }
 
 func named(req any) []string {

@@ -129,7 +129,7 @@ func TestMembersOfOneClusterOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	moving.Authorities = func() []identity.Authority {
-		return []identity.Authority{{Kind: identity.AuthorityX509, Cert: lower.Certificate[2]}}
+		return []identity.Authority{{Kind: identity.AuthorityX509, State: identity.AuthorityPrepared, Cert: lower.Certificate[2]}}
 	}
 	moved := below
 	moved.Authorities = w.state.Authorities // with the retiring one of its own

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -45,8 +46,9 @@ type downstreams struct {
 	rates *lru.Cache[string, *rate.Limiter] // by SPIFFE ID
 
 	mu      sync.Mutex
-	streams map[string]int // open Sync streams by SPIFFE ID
-	bundle  chan struct{}  // closed and replaced when the bundle may have changed
+	streams map[string]int          // open Sync streams by SPIFFE ID
+	told    map[string]clusterBelow // what each said last, by SPIFFE ID
+	bundle  chan struct{}           // closed and replaced when the bundle may have changed
 	stopped bool
 }
 
@@ -55,7 +57,36 @@ func newDownstreams() (*downstreams, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &downstreams{rates: rates, streams: map[string]int{}, bundle: make(chan struct{})}, nil
+	return &downstreams{rates: rates, streams: map[string]int{}, told: map[string]clusterBelow{}, bundle: make(chan struct{})}, nil
+}
+
+// clusterBelow is what a cluster below says of the bundle from here.
+type clusterBelow struct {
+	at       time.Time
+	sequence uint64 // that everyone in it has
+	tells    bool
+	uses     []string // IDs of the authorities here that anything live in it is under
+}
+
+func (d *downstreams) tell(id string, b clusterBelow) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.told[id] = b
+}
+
+// parties lists the clusters below that this member knows of.
+func (d *downstreams) parties(authority string) []party {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := make([]party, 0, len(d.told))
+	for id, b := range d.told {
+		p := party{id: id, connected: d.streams[id] > 0, seen: b.at, sequence: b.sequence, tells: b.tells}
+		if slices.Contains(b.uses, authority) {
+			p.svids = 1
+		}
+		out = append(out, p)
+	}
+	return out
 }
 
 // changed wakes the streams.
@@ -252,6 +283,10 @@ func (s *Server) takeKeys(stream grpc.BidiStreamingServer[downstreamv1.Keys, wor
 		if err != nil {
 			return err
 		}
+		if len(msg.GetUses()) > maxUses {
+			return fmt.Errorf("%w: %d authorities in use: at the most %d", identity.ErrInvalid, len(msg.GetUses()), maxUses)
+		}
+		s.downstreams.tell(id, clusterBelow{at: s.cfg.Now(), sequence: msg.GetAckedSequence(), tells: msg.GetTells(), uses: msg.GetUses()})
 		if s.hasForeign(f) {
 			continue
 		}

@@ -2,6 +2,7 @@ package server
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -23,6 +24,7 @@ type hub struct {
 	postings map[identity.Selector]*posting
 	holders  map[string]map[*watch]struct{} // by the ID of an entry that their SVIDs were issued by
 	expiries map[string]*expiry             // by the ID of an entry that will expire and is held
+	seen     map[string]time.Time           // when an agent was connected last that is not now, as far back as goneAfter
 	ended    error                          // set: no new session
 }
 
@@ -71,7 +73,7 @@ func newHub(matching func([]identity.Selector) []*identity.Entry, now func() tim
 	return &hub{
 		matching: matching, now: now,
 		sessions: map[*session]struct{}{}, byAgent: map[string][]*session{}, postings: map[identity.Selector]*posting{},
-		holders: map[string]map[*watch]struct{}{}, expiries: map[string]*expiry{},
+		holders: map[string]map[*watch]struct{}{}, expiries: map[string]*expiry{}, seen: map[string]time.Time{},
 	}
 }
 
@@ -89,6 +91,7 @@ func (h *hub) open(agentID, version string) (*session, error) {
 		same = h.byAgent[agentID]
 	}
 	h.sessions[s] = struct{}{}
+	delete(h.seen, agentID)
 	h.byAgent[agentID] = append(same, s)
 	return s, nil
 }
@@ -110,6 +113,11 @@ func (h *hub) removeLocked(s *session) {
 	rest := slices.DeleteFunc(h.byAgent[s.agentID], func(o *session) bool { return o == s })
 	if len(rest) == 0 {
 		delete(h.byAgent, s.agentID)
+		now := h.now()
+		h.seen[s.agentID] = now
+		if len(h.seen) > 2*len(h.byAgent)+1000 {
+			maps.DeleteFunc(h.seen, func(_ string, at time.Time) bool { return now.Sub(at) > goneAfter })
+		}
 	} else {
 		h.byAgent[s.agentID] = rest
 	}

@@ -198,6 +198,11 @@ func (s *Server) prepareX509(ctx context.Context, who call, req *workloadv1.X509
 		e.Subjects, e.Workload, e.Entry, e.EntryRevision, e.Revision = []string{g.id.String()}, w.workload, g.entry.ID, g.entry.Revision, rev
 		e.Serial, e.NotAfter = p.Serial(), p.NotAfter()
 		w.prepared[i], w.events[i] = p, e
+		if who.kind != agent { // agents tell what they have
+			if err := s.issued.note(p.Authority(), p.NotAfter(), now); err != nil {
+				return fail(err)
+			}
+		}
 	}
 	return w
 }
@@ -298,6 +303,9 @@ func (s workloadService) IssueJWT(ctx context.Context, req *workloadv1.IssueJWTR
 		e.Subjects, e.Workload, e.Entry, e.EntryRevision, e.Revision = []string{g.id.String()}, workload, g.entry.ID, g.entry.Revision, resp.Revision
 		e.Audience, e.NotAfter, e.Details = req.Audience, prepared[i].ExpiresAt(), audit.Details{{Key: "kid", Value: prepared[i].KeyID()}}
 		events[i] = e
+		if err := s.issued.note(prepared[i].KeyID(), prepared[i].ExpiresAt(), now); err != nil {
+			return nil, err
+		}
 	}
 	if err := s.limits.issue(who, len(grants)-1); err != nil {
 		return nil, err

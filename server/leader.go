@@ -29,6 +29,7 @@ func (s *Server) RunLeader(ctx context.Context) error {
 		wg.Go(func() { s.leadSeal(ctx) })
 	}
 	wg.Go(func() { _ = s.runUpstream(ctx) }) // it has no errors of its own
+	wg.Go(func() { s.leadRotations(ctx) })
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {
 		err := s.ensureAuthorities(ctx)
 		if err == nil {

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"crypto/x509"
 	"fmt"
 	"strings"
 	"time"
@@ -49,6 +48,9 @@ func (s mintService) MintX509(ctx context.Context, req *adminv1.MintX509Request)
 	if len(req.DnsNames) > 0 {
 		e.Details = audit.Details{{Key: "dns_names", Value: strings.Join(req.DnsNames, " ")}}
 	}
+	if err := s.issued.note(p.Authority(), p.NotAfter(), s.cfg.Now()); err != nil {
+		return nil, err
+	}
 	if err := s.cfg.Audit.Record(ctx, e); err != nil {
 		return nil, err
 	}
@@ -57,7 +59,6 @@ func (s mintService) MintX509(ctx context.Context, req *adminv1.MintX509Request)
 		s.failed(e, err)
 		return nil, err
 	}
-	s.outlives(identity.AuthorityX509, authorityOf(svid.Chain), svid.NotAfter)
 	return &adminv1.MintX509Response{Chain: svid.Chain, Bundle: api.BundleToWire(bundle), Serial: p.Serial(), NotAfter: timestamppb.New(svid.NotAfter)}, nil
 }
 
@@ -83,6 +84,9 @@ func (s mintService) MintJWT(ctx context.Context, req *adminv1.MintJWTRequest) (
 	e := s.event(ctx, audit.MintJWT, audit.OK)
 	e.Subjects, e.Revision, e.Audience, e.NotAfter = []string{id.String()}, s.cfg.State.Revision(), req.Audience, p.ExpiresAt()
 	e.Details = audit.Details{{Key: "kid", Value: p.KeyID()}}
+	if err := s.issued.note(p.KeyID(), p.ExpiresAt(), s.cfg.Now()); err != nil {
+		return nil, err
+	}
 	if err := s.cfg.Audit.Record(ctx, e); err != nil {
 		return nil, err
 	}
@@ -91,7 +95,6 @@ func (s mintService) MintJWT(ctx context.Context, req *adminv1.MintJWTRequest) (
 		s.failed(e, err)
 		return nil, err
 	}
-	s.outlives(identity.AuthorityJWT, p.KeyID(), svid.ExpiresAt)
 	return &adminv1.MintJWTResponse{Token: svid.Token, ExpiresAt: timestamppb.New(svid.ExpiresAt), KeyId: p.KeyID()}, nil
 }
 
@@ -100,16 +103,4 @@ func checkMintTTL(ttl, most time.Duration) error {
 		return fmt.Errorf("%w: TTL %v: want from %v to %v", identity.ErrInvalid, ttl, identity.MinTTL, most)
 	}
 	return nil
-}
-
-// authorityOf is the ID of the x509 authority that a chain leads to: above the leaf is the issuer, whose authority key ID it is.
-func authorityOf(chain [][]byte) string {
-	if len(chain) < 2 {
-		return ""
-	}
-	issuer, err := x509.ParseCertificate(chain[1])
-	if err != nil {
-		return ""
-	}
-	return fmt.Sprintf("%x", issuer.AuthorityKeyId)
 }

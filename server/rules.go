@@ -47,7 +47,8 @@ func ruleFor(method string) rule {
 		downstreamv1.Downstream_Sync_FullMethodName:
 		return rule{by: workload} // with a downstream entry, see downstreamEntry
 
-	case memberv1.Member_Keyring_FullMethodName:
+	case memberv1.Member_Keyring_FullMethodName,
+		memberv1.Member_Report_FullMethodName:
 		return rule{by: member} // on the list, see currentMember
 
 	case workloadv1.Workload_IssueX509_FullMethodName,
@@ -74,6 +75,8 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Admin_ListAuthorities_FullMethodName,
 		adminv1.Admin_SealStatus_FullMethodName,
 		adminv1.Admin_QueryAudit_FullMethodName, // who audits need not be able to change anything
+		adminv1.Trust_GetRotation_FullMethodName,
+		adminv1.Trust_WatchRotation_FullMethodName,
 		"/grpc.health.v1.Health/List",
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":
@@ -95,7 +98,14 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Admin_RotateSeal_FullMethodName,
 		adminv1.Admin_RewrapSeal_FullMethodName,
 		adminv1.Admin_RemoveMember_FullMethodName,
-		adminv1.Admin_SaveBackup_FullMethodName:
+		adminv1.Admin_SaveBackup_FullMethodName,
+		adminv1.Trust_Rotate_FullMethodName,
+		adminv1.Trust_ChangeRotation_FullMethodName,
+		adminv1.Trust_Rollback_FullMethodName,
+		adminv1.Trust_PrepareAuthority_FullMethodName,
+		adminv1.Trust_ActivateAuthority_FullMethodName,
+		adminv1.Trust_TaintAuthority_FullMethodName,
+		adminv1.Trust_RevokeAuthority_FullMethodName:
 		return identity.AdminSecurity
 	}
 	return ""

@@ -151,7 +151,7 @@ func (s *Server) issuedHere(c caller) bool {
 		return false
 	}
 	return slices.ContainsFunc(s.cfg.State.Authorities(), func(a identity.Authority) bool {
-		if a.Kind != identity.AuthorityX509 {
+		if a.Kind != identity.AuthorityX509 || !a.State.Vouched() { // below an upstream, what is revoked chains to the bundle still
 			return false
 		}
 		cert, err := x509.ParseCertificate(a.Cert)

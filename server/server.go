@@ -90,6 +90,19 @@ type Config struct {
 	Upstream    Upstream
 	Outside     Outside
 	Authorities AuthorityWriter
+	// Rotating is how authorities are replaced; zero: they are not.
+	Rotating Rotating
+	// IssuedUntil is what KeepIssued was given last, by an earlier process as well: until when something may be live, by the ID of
+	// an authority; nil: that is not known. KeepIssued must have it on the disk when it returns; nil: it is not kept.
+	IssuedUntil map[string]time.Time
+	KeepIssued  func(map[string]time.Time) error
+	// Reports asks another member what its agents have and use; nil: a rotation waits for that member for ever.
+	Reports Reports
+	// PublishAhead is how long a new key must have been in the published bundle before it signs, for those who read that now and
+	// then; nil, or 0: nobody does.
+	PublishAhead func() time.Duration
+	// NewX509Key reports whether X509Key opens another key than the one at this URI; nil: it does not.
+	NewX509Key func(uri string) bool
 	// RootSettle is how long a new root must have been in the bundle before anything is signed below it; 0: twice the bundle's
 	// refresh hint.
 	RootSettle time.Duration
@@ -121,9 +134,11 @@ type Server struct {
 	backups          chan struct{} // a place for each that is being made
 	backupStall      time.Duration
 
-	hub     *hub
-	evicted evictions
-	beyond  outliving
+	hub       *hub
+	evicted   evictions
+	issued    issued
+	rotations rotations
+	startedAt time.Time
 	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first
 	clusters atomic.Pointer[map[string]uint64]
 	caughtUp atomic.Bool // see Ready
@@ -163,6 +178,9 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), seal: newSealTending(), orphanAfter: orphanAfter, backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
 	s.requestPrefix, s.stopping = newID()[:10]+"-", make(chan struct{})
 	s.upstreamWake = make(chan struct{}, 1)
+	s.rotations = rotations{wake: make(chan struct{}, 1), problem: map[identity.AuthorityKind]string{}}
+	s.startedAt = cfg.Now()
+	s.issued.begin(cfg.IssuedUntil, cfg.KeepIssued, s.startedAt)
 	if s.downstreams, err = newDownstreams(); err != nil {
 		return nil, fmt.Errorf("making the server: %w", err)
 	}
@@ -183,6 +201,7 @@ func New(cfg Config) (*Server, error) {
 	s.admins = s.newGRPC(handshaken{}, maxAgentMessage, 64, keepalive.ServerParameters{MaxConnectionIdle: time.Minute, Time: 30 * time.Second, Timeout: 10 * time.Second})
 	for _, g := range []*grpc.Server{s.admin, s.admins} {
 		adminv1.RegisterAdminServer(g, adminService{Server: s})
+		adminv1.RegisterTrustServer(g, trustService{Server: s})
 		adminv1.RegisterMintServer(g, mintService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
 		reflection.Register(g)
@@ -300,17 +319,21 @@ func ended(ctx context.Context, err error) error {
 
 // changed takes up changes of the state, in order. What verifies and signs comes before those who will ask.
 func (s *Server) changed(changes []identity.Change) {
-	var reset, bundle, clusters bool
+	var reset, bundle, clusters, rotation bool
 	if slices.ContainsFunc(changes, concernsSeal) {
 		s.seal.wake()
 	}
 	for _, c := range changes {
 		reset = reset || c.Reset
 		bundle = bundle || c.Bundle || c.Reset
+		rotation = rotation || c.Rotation
 		if c.AgentGone && c.Agent != nil {
 			s.evicted.add(c.Agent.ID, s.cfg.Now())
 		}
 		clusters = clusters || c.KubeCluster != "" || c.Reset
+	}
+	if bundle || rotation {
+		s.rotations.poke()
 	}
 	if bundle {
 		s.takeAuthorities()

@@ -34,6 +34,7 @@ type session struct {
 	err       error // why it was ended
 	ackedRev  uint64
 	ackedSeq  uint64
+	uses      uses
 	doneClose sync.Once
 }
 

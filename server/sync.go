@@ -83,11 +83,30 @@ func (s *Server) listen(stream grpc.BidiStreamingServer[nodev1.SyncRequest, node
 				return err
 			}
 		case *nodev1.SyncRequest_Ack:
-			sess.ack(m.Ack.GetRevision(), m.Ack.GetBundleSequence())
+			if err := s.takeAck(sess, m.Ack); err != nil {
+				return err
+			}
 		default:
 			return fmt.Errorf("%w: unexpected message on a Sync stream: after Hello come Watch and Ack", identity.ErrInvalid)
 		}
 	}
+}
+
+func (s *Server) takeAck(sess *session, a *nodev1.Ack) error {
+	if len(a.GetUses()) > maxUses {
+		return fmt.Errorf("%w: an Ack with %d authorities: at the most %d", identity.ErrInvalid, len(a.GetUses()), maxUses)
+	}
+	u := uses{tells: a.GetTells(), by: make(map[string]use, len(a.GetUses())), since: api.TimeFromWire(a.GetSince())}
+	for _, x := range a.GetUses() {
+		if len(x.GetAuthority()) > maxKeyID {
+			return fmt.Errorf("%w: an Ack with an authority's ID of %d bytes: at the most %d", identity.ErrInvalid, len(x.GetAuthority()), maxKeyID)
+		}
+		u.by[x.GetAuthority()] = use{svids: x.GetSvids(), until: api.TimeFromWire(x.GetUntil())}
+	}
+	// What it has handed out comes first: whoever sees that it has the bundle must see that too.
+	sess.use(u)
+	sess.ack(a.GetRevision(), a.GetBundleSequence())
+	return nil
 }
 
 func (s *Server) watch(sess *session, w *nodev1.Watch) error {

@@ -61,7 +61,7 @@ func (c TLSConfig) lineages() ([][]*x509.Certificate, error) {
 	ders := [][][]byte{own.Certificate}
 	if c.Authorities != nil {
 		for _, a := range c.Authorities() {
-			if a.Kind == identity.AuthorityX509 {
+			if a.Kind == identity.AuthorityX509 && a.State.Vouched() {
 				ders = append(ders, append([][]byte{a.Cert}, a.Chain...))
 			}
 		}

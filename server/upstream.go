@@ -32,15 +32,18 @@ type Upstream interface {
 // Outside is what the state knows of the clusters above and below ours.
 type Outside interface {
 	Foreign() []identity.Foreign
+	// DownstreamIDs are the SPIFFE IDs of the entries that are marked downstream.
+	DownstreamIDs() []string
 	// Downstream returns the entry that is marked downstream and has exactly this SPIFFE ID.
 	Downstream(id string) (*identity.Entry, bool)
 }
 
 // AuthorityWriter changes the authorities after the first, and what other clusters publish.
 type AuthorityWriter interface {
-	PrepareAuthority(ctx context.Context, a identity.Authority) (identity.Authority, error)
-	// ActivateAuthority must make the active one of the kind a retiring one in the same step.
-	ActivateAuthority(ctx context.Context, kind identity.AuthorityKind, id string) error
+	PrepareAuthority(ctx context.Context, now time.Time, a identity.Authority) (identity.Authority, error)
+	// ActivateAuthority must make the active one of the kind a retiring one in the same step. With back, the one to activate must
+	// be one that signed before and is not revoked, else a prepared one.
+	ActivateAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string, back bool) error
 	DropAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string) error
 	// PutForeign must forget the source where nothing is in it.
 	PutForeign(ctx context.Context, f identity.Foreign) error
@@ -123,6 +126,14 @@ func (s *Server) Degraded() []string {
 		out = append(out, s.cfg.Degraded()...)
 	}
 	return out
+}
+
+// upstreamWhy is why the upstream has signed nothing yet, if that is known.
+func (s *Server) upstreamWhy() error {
+	if said := s.upstream.say(); len(said) > 0 {
+		return fmt.Errorf("%w: %s", identity.ErrUnavailable, said[0])
+	}
+	return nil
 }
 
 // noAuthority is why there is nothing to sign with yet, where that is the upstream's matter.
@@ -259,7 +270,11 @@ func (u *upstreamLoop) step(ctx context.Context) time.Duration {
 	if prepared != nil {
 		return u.advance(ctx, active, prepared, now)
 	}
-	if active != nil && !u.due(active, now) {
+	wanted := false
+	if r, ok := u.rotation(identity.AuthorityX509); ok && r.Phase == identity.RotationPrepare {
+		wanted = active != nil && active.ID == r.Old
+	}
+	if active != nil && !wanted && !u.due(active, now) {
 		return upstreamLook
 	}
 	if now.Before(u.retryAt) {
@@ -351,7 +366,7 @@ func (u *upstreamLoop) renew(ctx context.Context, active *identity.Authority) er
 		a, err = u.cfg.Writes.CreateAuthority(ctx, a)
 	} else {
 		a.State = identity.AuthorityPrepared
-		a, err = u.cfg.Authorities.PrepareAuthority(ctx, a)
+		a, err = u.cfg.Authorities.PrepareAuthority(ctx, u.cfg.Now(), a)
 	}
 	if err != nil {
 		return fmt.Errorf("storing what it signed: %w", err)
@@ -369,11 +384,18 @@ func (u *upstreamLoop) advance(ctx context.Context, active, prepared *identity.A
 		}
 		return upstreamRetryFirst
 	}
+	if u.rotating(identity.AuthorityX509) {
+		return upstreamLook // leadRotations activates it
+	}
 	root := anchor(prepared)
 	since, seen := u.since[string(root)]
 	left := u.settle() - now.Sub(since)
 	switch {
 	case seen && (since.IsZero() || left <= 0):
+		if g := u.ackGate(ctx, prepared); !g.open() && u.rotates() && active != nil && active.NotAfter.Sub(now) >= lastMoment && now.Sub(prepared.PreparedAt) < defaultAckDeadline {
+			u.cfg.Log.Debug("the prepared authority waits", "authority", prepared.ID, "for", g.names())
+			return upstreamRetryFirst
+		}
 	case active == nil || active.NotAfter.Sub(now) < lastMoment:
 		u.cfg.Log.Warn("the active authority is at its end: the next one signs, though not everyone may know its root yet", "authority", prepared.ID)
 	case !seen:
@@ -383,7 +405,7 @@ func (u *upstreamLoop) advance(ctx context.Context, active, prepared *identity.A
 	}
 	err := u.audit(ctx, audit.Event{Action: audit.AuthorityChange, Outcome: audit.Attempted, Subjects: []string{string(prepared.Kind) + " " + prepared.ID}, Details: audit.Details{{Key: "to", Value: string(identity.AuthorityActive)}}})
 	if err == nil {
-		err = u.cfg.Authorities.ActivateAuthority(ctx, prepared.Kind, prepared.ID)
+		err = u.cfg.Authorities.ActivateAuthority(ctx, u.cfg.Now(), prepared.Kind, prepared.ID, false)
 	}
 	if err != nil {
 		if ctx.Err() == nil {

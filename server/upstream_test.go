@@ -70,6 +70,18 @@ func (f *fakeState) Downstream(id string) (*identity.Entry, bool) {
 	return nil, false
 }
 
+func (f *fakeState) DownstreamIDs() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []string
+	for _, e := range f.entries {
+		if e.Downstream {
+			out = append(out, e.SPIFFEID)
+		}
+	}
+	return out
+}
+
 func (f *fakeState) PutForeign(_ context.Context, x identity.Foreign) error {
 	return f.write(func(uint64) (identity.Change, error) {
 		if f.foreign == nil {
@@ -83,8 +95,9 @@ func (f *fakeState) PutForeign(_ context.Context, x identity.Foreign) error {
 	})
 }
 
-func (f *fakeState) PrepareAuthority(_ context.Context, a identity.Authority) (identity.Authority, error) {
+func (f *fakeState) PrepareAuthority(_ context.Context, now time.Time, a identity.Authority) (identity.Authority, error) {
 	err := f.write(func(uint64) (identity.Change, error) {
+		a.PreparedAt, a.Sequence = now, f.bundle.Sequence+1
 		f.authorities = append(slices.Clone(f.authorities), a)
 		f.rebundle()
 		return identity.Change{Bundle: true}, nil
@@ -108,14 +121,17 @@ func (f *fakeState) setAuthority(id string, set func(a *identity.Authority) erro
 	})
 }
 
-func (f *fakeState) ActivateAuthority(_ context.Context, kind identity.AuthorityKind, id string) error {
+func (f *fakeState) ActivateAuthority(_ context.Context, now time.Time, kind identity.AuthorityKind, id string, back bool) error {
 	return f.setAuthority(id, func(a *identity.Authority) error {
+		if back == (a.State == identity.AuthorityPrepared) || a.State == identity.AuthorityRevoked {
+			return fmt.Errorf("%w: authority %s is %s", identity.ErrPrecondition, id, a.State)
+		}
 		for i := range f.authorities {
 			if o := &f.authorities[i]; o.Kind == kind && o.State == identity.AuthorityActive {
-				o.State = identity.AuthorityRetiring
+				o.State, o.RetiredAt = identity.AuthorityRetiring, now
 			}
 		}
-		a.State = identity.AuthorityActive
+		a.State, a.ActivatedAt = identity.AuthorityActive, now
 		return nil
 	})
 }

@@ -33,6 +33,8 @@ type change struct {
 	seal        []*identity.SealTerm // all of them
 	sealChanged bool
 
+	rotations []*identity.Rotation // all of them, when not nil
+
 	level uint32 // when not 0
 }
 

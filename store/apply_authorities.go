@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"countersign.io/countersign/identity"
@@ -20,7 +21,20 @@ type (
 		Kind identity.AuthorityKind `json:"kind"`
 		ID   string                 `json:"id"`
 	}
+	activateData struct {
+		Kind identity.AuthorityKind `json:"kind"`
+		ID   string                 `json:"id"`
+		Back bool                   `json:"back,omitempty"` // one that signed before signs again
+	}
+	taintData struct {
+		Kind   identity.AuthorityKind `json:"kind"`
+		ID     string                 `json:"id"`
+		Spread time.Duration          `json:"spread,omitempty"`
+	}
 )
+
+// maxSpread bounds how long the replacing of what a tainted authority signed may be put off.
+const maxSpread = time.Hour
 
 // createAuthority answers with the active authority of the kind if there is one: two leaders in a row that both
 // made one end up with the same.
@@ -79,7 +93,29 @@ func (a *applier) prepareAuthority(r *identity.Authority) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.PreparedAt, r.Sequence = a.now, before.bundle.Sequence
+	if !vouchesFor(before.bundle, r) {
+		r.Sequence++ // what vouchedChanged will make it
+	}
 	return a.addAuthority(before, r)
+}
+
+// vouchesFor reports whether the bundle has all that an authority adds to it.
+func vouchesFor(b *identity.Bundle, r *identity.Authority) bool {
+	if r.Kind == identity.AuthorityJWT {
+		_, ok := b.JWT[r.ID]
+		return ok
+	}
+	certs := r.Roots
+	if len(certs) == 0 {
+		certs = [][]byte{r.Cert}
+	}
+	for _, c := range certs {
+		if !slices.ContainsFunc(b.X509, func(x []byte) bool { return bytes.Equal(x, c) }) {
+			return false
+		}
+	}
+	return true
 }
 
 func (v *vouched) authority(kind identity.AuthorityKind, id string) (*identity.Authority, error) {
@@ -92,7 +128,7 @@ func (v *vouched) authority(kind identity.AuthorityKind, id string) (*identity.A
 }
 
 // activateAuthority has one active authority of the kind at every moment: both changes are one command.
-func (a *applier) activateAuthority(d *authorityData) (any, error) {
+func (a *applier) activateAuthority(d *activateData) (any, error) {
 	before, err := a.vouched()
 	if err != nil {
 		return nil, err
@@ -103,21 +139,78 @@ func (a *applier) activateAuthority(d *authorityData) (any, error) {
 		return nil, err
 	case r.State == identity.AuthorityActive:
 		return r, nil
-	case r.State != identity.AuthorityPrepared:
+	case r.State == identity.AuthorityPrepared && !d.Back:
+	case d.Back && (r.State == identity.AuthorityRetiring || r.State == identity.AuthorityTainted):
+	case d.Back:
+		return nil, fmt.Errorf("%w: authority %s is %s: only what signed before, and is not revoked, can sign again", identity.ErrPrecondition, authorityKey(r), r.State)
+	default:
 		return nil, fmt.Errorf("%w: authority %s is %s: only a prepared one becomes active; prepare another one", identity.ErrPrecondition, authorityKey(r), r.State)
+	}
+	now := *r
+	now.State, now.Revision, now.ActivatedAt = identity.AuthorityActive, a.index, a.now
+	now.RetiredAt, now.TaintedAt, now.Spread = time.Time{}, time.Time{}, 0
+	if err := storable(now); err != nil {
+		return nil, err
 	}
 	for _, b := range before.authorities {
 		if b.Kind != d.Kind || b.State != identity.AuthorityActive {
 			continue
 		}
 		old := *b
-		old.State, old.Revision = identity.AuthorityRetiring, a.index
+		old.State, old.Revision, old.RetiredAt = identity.AuthorityRetiring, a.index, a.now
 		if err := put(a.state, kindAuthority, authorityKey(&old), old); err != nil {
 			return nil, err
 		}
 	}
+	if err := put(a.state, kindAuthority, authorityKey(&now), now); err != nil {
+		return nil, err
+	}
+	return &now, a.vouchedChanged(before)
+}
+
+// taintAuthority gives up an authority that signs no longer. One that signs cannot be: nobody could replace what it signed.
+func (a *applier) taintAuthority(d *taintData) (any, error) {
+	if d.Spread < 0 || d.Spread > maxSpread {
+		return nil, fmt.Errorf("%w: a spread of %v: want 0 to %v", identity.ErrInvalid, d.Spread, maxSpread)
+	}
+	before, err := a.vouched()
+	if err != nil {
+		return nil, err
+	}
+	r, err := before.authority(d.Kind, d.ID)
+	switch {
+	case err != nil:
+		return nil, err
+	case r.State == identity.AuthorityTainted:
+		return r, nil
+	case r.State != identity.AuthorityRetiring:
+		return nil, fmt.Errorf("%w: authority %s is %s: only a retiring one is tainted; activate another one first", identity.ErrPrecondition, authorityKey(r), r.State)
+	}
 	now := *r
-	now.State, now.Revision = identity.AuthorityActive, a.index
+	now.State, now.Revision, now.TaintedAt, now.Spread = identity.AuthorityTainted, a.index, a.now, d.Spread
+	if err := put(a.state, kindAuthority, authorityKey(&now), now); err != nil {
+		return nil, err
+	}
+	return &now, a.vouchedChanged(before)
+}
+
+// revokeAuthority takes an authority that signs no longer out of the bundle, and its key out of the state.
+func (a *applier) revokeAuthority(d *authorityData) (any, error) {
+	before, err := a.vouched()
+	if err != nil {
+		return nil, err
+	}
+	r, err := before.authority(d.Kind, d.ID)
+	switch {
+	case err != nil:
+		return nil, err
+	case r.State == identity.AuthorityRevoked:
+		return r, nil
+	case r.State != identity.AuthorityRetiring && r.State != identity.AuthorityTainted:
+		return nil, fmt.Errorf("%w: authority %s is %s: only a retiring or tainted one is revoked; activate another one first", identity.ErrPrecondition, authorityKey(r), r.State)
+	}
+	now := *r
+	now.State, now.Revision, now.RevokedAt, now.SealedKey = identity.AuthorityRevoked, a.index, a.now, nil
 	if err := put(a.state, kindAuthority, authorityKey(&now), now); err != nil {
 		return nil, err
 	}
@@ -201,7 +294,11 @@ func (a *applier) sweepVouched(limit int) (removed int, err error) {
 }
 
 func ended(r *identity.Authority, now time.Time) bool {
-	return r.State == identity.AuthorityRetiring && !now.Before(r.NotAfter)
+	switch r.State {
+	case identity.AuthorityRetiring, identity.AuthorityTainted, identity.AuthorityRevoked:
+		return !now.Before(r.NotAfter)
+	}
+	return false
 }
 
 // sweepable reports whether sweepVouched would find something.

@@ -85,30 +85,30 @@ func TestAuthorityLife(t *testing.T) {
 	}
 	must[identity.Authority](t)(w.CreateAuthority(ctx, authority(x, "one")))
 	are(1, "active ")
-	_, err := w.PrepareAuthority(ctx, authority(x, "two"))
+	_, err := w.PrepareAuthority(ctx, now, authority(x, "two"))
 	wantErr(t, err, identity.ErrInvalid, "prepared")
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, prepared(x, "two")))
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, prepared(x, "two")))
 	are(2, "active prepared")
-	_, err = w.PrepareAuthority(ctx, prepared(x, "two"))
+	_, err = w.PrepareAuthority(ctx, now, prepared(x, "two"))
 	wantErr(t, err, identity.ErrExists, "x509/two")
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, prepared(identity.AuthorityJWT, "two"))) // another kind
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, prepared(identity.AuthorityJWT, "two"))) // another kind
 	are(3, "active prepared")
-	wantErr(t, w.ActivateAuthority(ctx, x, "three"), identity.ErrNotFound, "x509/three")
+	wantErr(t, w.ActivateAuthority(ctx, now, x, "three", false), identity.ErrNotFound, "x509/three")
 	wantErr(t, w.DropAuthority(ctx, now, x, "one"), identity.ErrPrecondition, "active until 2026-03-01T13:00:00Z")
 
 	next, _ := startWatch(t, s)
 	next() // the reset
-	if err := w.ActivateAuthority(ctx, x, "two"); err != nil {
+	if err := w.ActivateAuthority(ctx, now, x, "two", false); err != nil {
 		t.Fatal(err)
 	}
 	are(3, "retiring active") // the bundle had both
 	if told := next(); len(told) != 1 || !told[0].Bundle {
 		t.Errorf("told %+v", told)
 	}
-	if err := w.ActivateAuthority(ctx, x, "two"); err != nil {
+	if err := w.ActivateAuthority(ctx, now, x, "two", false); err != nil {
 		t.Fatal(err)
 	}
-	wantErr(t, w.ActivateAuthority(ctx, x, "one"), identity.ErrPrecondition, "retiring")
+	wantErr(t, w.ActivateAuthority(ctx, now, x, "one", false), identity.ErrPrecondition, "retiring")
 	if stateOf(s, "jwt/two") != identity.AuthorityPrepared {
 		t.Error("the other kind's went along")
 	}
@@ -149,7 +149,7 @@ func TestResealAuthority(t *testing.T) {
 	}
 	elsewhere := prepared(identity.AuthorityX509, "hsm")
 	elsewhere.SealedKey, elsewhere.KeyURI = nil, "pkcs11:object=x"
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, elsewhere))
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, elsewhere))
 	wantErr(t, reseal("hsm", "a copy", 0), identity.ErrPrecondition, "not sealed here")
 	checkConsistent(t, s)
 }
@@ -174,11 +174,11 @@ func TestBundleBelowUpstream(t *testing.T) {
 	}
 	own := must[identity.Authority](t)(w.CreateAuthority(ctx, authority(identity.AuthorityX509, "own")))
 	is(1, own.Cert)
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, below("a", roots[0])))
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, below("a", roots[0])))
 	is(2, own.Cert, roots[0])
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, below("b", roots[0]))) // says nothing new
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, below("b", roots[0]))) // says nothing new
 	is(2, own.Cert, roots[0])
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, below("c", roots[1], roots[0])))
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, below("c", roots[1], roots[0])))
 	is(3, own.Cert, roots[0], roots[1])
 	if err := w.DropAuthority(ctx, now, identity.AuthorityX509, "a"); err != nil {
 		t.Fatal(err)
@@ -206,7 +206,7 @@ func TestBundleBelowUpstream(t *testing.T) {
 	} {
 		a := below("bad", roots[0])
 		c(&a)
-		_, err := w.PrepareAuthority(ctx, a)
+		_, err := w.PrepareAuthority(ctx, now, a)
 		if err == nil {
 			t.Fatalf("%s was taken", name)
 		}
@@ -264,7 +264,7 @@ func TestForeign(t *testing.T) {
 
 	wantErr(t, w.PutForeign(ctx, from(one, key("own"))), identity.ErrExists, "own", one)
 	wantErr(t, w.PutForeign(ctx, from(one, key("a"))), identity.ErrExists, "a", two)
-	_, err := w.PrepareAuthority(ctx, prepared(identity.AuthorityJWT, "a"))
+	_, err := w.PrepareAuthority(ctx, now, prepared(identity.AuthorityJWT, "a"))
 	wantErr(t, err, identity.ErrExists, "a", two)
 	weak, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
@@ -335,9 +335,9 @@ func TestSweepAuthoritiesAndForeign(t *testing.T) {
 	ctx := t.Context()
 	x := identity.AuthorityX509
 	must[identity.Authority](t)(w.CreateAuthority(ctx, authority(x, "old")))
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, prepared(x, "new")))
-	must[identity.Authority](t)(w.PrepareAuthority(ctx, prepared(x, "next")))
-	if err := w.ActivateAuthority(ctx, x, "new"); err != nil {
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, prepared(x, "new")))
+	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, prepared(x, "next")))
+	if err := w.ActivateAuthority(ctx, now, x, "new", false); err != nil {
 		t.Fatal(err)
 	}
 	keys := []identity.JWTKey{{ID: "short", PublicKey: publicKey(t), NotAfter: now.Add(time.Minute)}, {ID: "long", PublicKey: publicKey(t), NotAfter: now.Add(2 * time.Hour)}}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"bytes"
+	"cmp"
 	"slices"
 	"time"
 
@@ -37,13 +38,13 @@ func loadVouched(t state, td spiffeid.TrustDomain, level uint32) (*vouched, erro
 func (a *applier) vouched() (*vouched, error) { return loadVouched(a.state, a.td, a.level) }
 
 // vouchedChanged is called after the tables changed, with what there was before. It counts the bundle's sequence up exactly
-// when what the bundle says changed.
+// when what is published of the bundle changed: whether a key still signs is not.
 func (a *applier) vouchedChanged(before *vouched) error {
 	after, err := a.vouched()
 	if err != nil {
 		return err
 	}
-	if !same(before.bundle, after.bundle) {
+	if !same(published(before.bundle), published(after.bundle)) {
 		after.bundle.Sequence++
 		if err := a.setCounter(metaSequence, after.bundle.Sequence); err != nil {
 			return err
@@ -53,16 +54,23 @@ func (a *applier) vouchedChanged(before *vouched) error {
 	return nil
 }
 
+func published(b *identity.Bundle) *identity.Bundle {
+	p := *b
+	p.Ending = nil
+	return &p
+}
+
 // makeBundle holds every authority that somebody may rely on, and what other clusters of the trust domain publish. From level
 // 2 on an authority below an upstream is there by the upstream's roots, and the roots are a sorted set; at level 1
 // they are in the order of the authorities.
 func makeBundle(td spiffeid.TrustDomain, level uint32, authorities []*identity.Authority, foreign []*identity.Foreign) *identity.Bundle {
 	b := &identity.Bundle{TrustDomain: td, RefreshHint: refreshHint, JWT: make(map[string][]byte)}
 	for _, r := range authorities {
-		switch r.State {
-		case identity.AuthorityPrepared, identity.AuthorityActive, identity.AuthorityRetiring:
-		default:
+		if !r.State.Vouched() {
 			continue
+		}
+		if level >= level2 && (r.State == identity.AuthorityRetiring || r.State == identity.AuthorityTainted) {
+			b.Ending = append(b.Ending, identity.Ending{ID: r.ID, Tainted: r.State == identity.AuthorityTainted, Spread: r.Spread})
 		}
 		switch {
 		case r.Kind == identity.AuthorityX509 && len(r.Roots) > 0:
@@ -84,6 +92,7 @@ func makeBundle(td spiffeid.TrustDomain, level uint32, authorities []*identity.A
 	if level >= level2 {
 		slices.SortFunc(b.X509, bytes.Compare)
 		b.X509 = slices.CompactFunc(b.X509, bytes.Equal)
+		slices.SortFunc(b.Ending, func(a, b identity.Ending) int { return cmp.Compare(a.ID, b.ID) })
 	}
 	return b
 }

@@ -94,7 +94,7 @@ func (w *Writer) checkAuthority(a *identity.Authority) error {
 		bad("unknown kind")
 	}
 	switch a.State {
-	case identity.AuthorityPrepared, identity.AuthorityActive, identity.AuthorityRetiring:
+	case identity.AuthorityPrepared, identity.AuthorityActive, identity.AuthorityRetiring: // new ones get into no other
 	default:
 		bad(fmt.Sprintf("unknown state %q", a.State))
 	}

@@ -46,6 +46,9 @@ const (
 	activateAuthority = "activate_authority"
 	dropAuthority     = "drop_authority"
 	putForeign        = "put_foreign"
+	taintAuthority    = "taint_authority"
+	revokeAuthority   = "revoke_authority"
+	putRotation       = "put_rotation"
 )
 
 // command is what follows the version byte.

@@ -99,6 +99,12 @@ func handlerOfLevel2(typ string) (handler, bool) {
 		return handle(typ, level2, (*applier).dropAuthority)
 	case putForeign:
 		return handle(typ, level2, (*applier).putForeign)
+	case taintAuthority:
+		return handle(typ, level2, (*applier).taintAuthority)
+	case revokeAuthority:
+		return handle(typ, level2, (*applier).revokeAuthority)
+	case putRotation:
+		return handle(typ, level2, (*applier).putRotation)
 	}
 	return handler{}, false
 }

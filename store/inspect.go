@@ -172,6 +172,8 @@ func (s *summarizer) add(k kind, key string, value []byte) (any, error) {
 	case *identity.Foreign:
 		s.Foreign++
 		revision = r.Revision
+	case *identity.Rotation:
+		revision = r.Revision
 	}
 	if revision > s.Revision {
 		return nil, fmt.Errorf("a record of revision %d in a state of revision %d", revision, s.Revision)

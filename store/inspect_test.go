@@ -134,7 +134,7 @@ func TestRewrite(t *testing.T) {
 		for _, same := range []func(*Store) any{
 			func(s *Store) any { page, _ := s.Entries("", 1000); return page }, func(s *Store) any { page, _ := s.Agents("", 1000); return page },
 			func(s *Store) any { return s.KubeClusters() }, func(s *Store) any { return s.Authorities() }, func(s *Store) any { return s.Members() },
-			func(s *Store) any { return s.SealTerms() }, func(s *Store) any { return s.Foreign() }, func(s *Store) any { return s.Level() },
+			func(s *Store) any { return s.SealTerms() }, func(s *Store) any { return s.Foreign() }, func(s *Store) any { return s.Level() }, func(s *Store) any { return s.Rotations() },
 		} {
 			if !reflect.DeepEqual(same(n), same(s)) {
 				t.Errorf("restored %+v\nof %+v", same(n), same(s))
@@ -145,7 +145,7 @@ func TestRewrite(t *testing.T) {
 		wantErr(t, err, identity.ErrPrecondition, "was used at 2026-11-05T07:00:00Z")
 		_, err = w.AdmitAgent(t.Context(), now, used.Hash, agent("thief"))
 		wantErr(t, err, identity.ErrPrecondition, "was used at 2026-03-01T12:00:00Z")
-		must[identity.Authority](t)(w.PrepareAuthority(t.Context(), prepared(identity.AuthorityX509, "after")))
+		must[identity.Authority](t)(w.PrepareAuthority(t.Context(), now, prepared(identity.AuthorityX509, "after")))
 		if n.Bundle().Sequence != want.Sequence+1 {
 			t.Errorf("the bundle goes on at %d", n.Bundle().Sequence)
 		}

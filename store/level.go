@@ -10,7 +10,8 @@ import (
 
 // Level is the highest level that this version knows. A cluster's level says which commands, kinds of records and fields
 // of them its members can all apply: 1 is what there was before levels, 2 adds set_level itself, admit_agent, the seal's
-// terms, the life of authorities, what other clusters of the trust domain publish, downstream entries, and roles of admin entries. It is part of the
+// terms, the life of authorities and their rotations, what other clusters of the trust domain publish, downstream entries, and
+// roles of admin entries. It is part of the
 // state and only goes up. What a level adds is refused below it, by the Writer before it proposes, since a member that knows
 // less would stop, and by Apply.
 const Level = 2
@@ -49,7 +50,11 @@ func levelOfEntry(e *identity.Entry) uint32 {
 }
 
 func levelOfAuthority(a *identity.Authority) uint32 {
-	if a.KeyURI != "" || len(a.Chain) > 0 || len(a.Roots) > 0 || a.Upstream != "" {
+	later := a.State == identity.AuthorityTainted || a.State == identity.AuthorityRevoked || a.Sequence > 0 || a.Spread > 0
+	for _, t := range []time.Time{a.PreparedAt, a.ActivatedAt, a.RetiredAt, a.TaintedAt, a.RevokedAt} {
+		later = later || !t.IsZero()
+	}
+	if later || a.KeyURI != "" || len(a.Chain) > 0 || len(a.Roots) > 0 || a.Upstream != "" {
 		return level2
 	}
 	return 1

@@ -95,8 +95,8 @@ func TestBelowLevel2(t *testing.T) {
 		"activate term":     w.ActivateSealTerm(ctx, 1),
 		"drop term":         w.DropSealTerm(ctx, 1),
 		"reseal":            w.ResealAuthority(ctx, identity.AuthorityX509, "x1", []byte("x"), 0),
-		"prepare":           errOf(w.PrepareAuthority(ctx, prepared)),
-		"activate":          w.ActivateAuthority(ctx, identity.AuthorityX509, "x1"),
+		"prepare":           errOf(w.PrepareAuthority(ctx, now, prepared)),
+		"activate":          w.ActivateAuthority(ctx, now, identity.AuthorityX509, "x1", false),
 		"drop":              w.DropAuthority(ctx, now, identity.AuthorityX509, "x1"),
 		"foreign":           w.PutForeign(ctx, identity.Foreign{Source: identity.SourceUpstream}),
 	} {

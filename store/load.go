@@ -89,6 +89,9 @@ func (c *recordChecker) decode(k kind, key string, value []byte) (any, error) {
 	case kindForeign:
 		c.needed = max(c.needed, level2)
 		return decodeRecord(key, value, func(r *identity.Foreign) (string, error) { return r.Source, nil })
+	case kindRotation:
+		c.needed = max(c.needed, level2)
+		return decodeRecord(key, value, func(r *identity.Rotation) (string, error) { return string(r.Kind), r.Check() })
 	}
 	return nil, fmt.Errorf("unknown kind of record %d: it may be a newer version's", k)
 }

@@ -141,7 +141,18 @@ func (l *randomLog) level2() {
 	case 9:
 		l.add(prepareAuthority, l.authority())
 	case 10:
-		l.add(activateAuthority, authorityData{l.kind(), l.few("auth")})
+		switch d := (authorityData{l.kind(), l.few("auth")}); l.rnd.IntN(5) {
+		case 0:
+			l.add(taintAuthority, taintData{d.Kind, d.ID, time.Second * time.Duration(l.rnd.IntN(4000))})
+		case 1:
+			l.add(revokeAuthority, d)
+		case 2:
+			l.add(putRotation, putRotationData{identity.Rotation{
+				Kind: d.Kind, New: d.ID, Phase: []identity.RotationPhase{identity.RotationPrepare, identity.RotationActivate, identity.RotationDone}[l.rnd.IntN(3)],
+			}, uint64(l.rnd.IntN(2)) * l.index / 2})
+		default:
+			l.add(activateAuthority, activateData{d.Kind, d.ID, l.rnd.IntN(3) == 0})
+		}
 	case 11:
 		l.add(dropAuthority, authorityData{l.kind(), l.few("auth")})
 	default:

@@ -38,6 +38,7 @@ const (
 	kindCluster
 	kindSealTerm
 	kindForeign
+	kindRotation
 )
 
 // bucket is where the kind's records are, by the key that the loader's check returns for each.
@@ -61,13 +62,15 @@ func (k kind) bucket() []byte {
 		return []byte("seal_terms")
 	case kindForeign:
 		return []byte("foreign")
+	case kindRotation:
+		return []byte("rotations")
 	}
 	return nil
 }
 
 // kinds are those of the tables, whose contents are the state, in the order of snapshots.
 func kinds() []kind {
-	return []kind{kindEntry, kindKubeCluster, kindJoinToken, kindAgent, kindAuthority, kindMember, kindCluster, kindSealTerm, kindForeign}
+	return []kind{kindEntry, kindKubeCluster, kindJoinToken, kindAgent, kindAuthority, kindMember, kindCluster, kindSealTerm, kindForeign, kindRotation}
 }
 
 // The buckets that follow from the tables, and so are not in snapshots.

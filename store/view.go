@@ -2,6 +2,7 @@ package store
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,6 +26,7 @@ type view struct {
 	*vouched
 	members []*identity.Member
 	seal    []*identity.SealTerm
+	rotate  []*identity.Rotation
 }
 
 type kubeNode struct{ cluster, name string }
@@ -67,7 +69,10 @@ func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	if v.members, err = all[identity.Member](t, kindMember); err != nil {
 		return nil, err
 	}
-	v.seal, err = all[identity.SealTerm](t, kindSealTerm)
+	if v.seal, err = all[identity.SealTerm](t, kindSealTerm); err != nil {
+		return nil, err
+	}
+	v.rotate, err = all[identity.Rotation](t, kindRotation)
 	return v, err
 }
 
@@ -117,7 +122,7 @@ func (v *view) putAgent(a *identity.Agent) {
 // apply makes a change visible and says what a watcher is to hear of it.
 func (v *view) apply(c change) identity.Change {
 	out := identity.Change{Revision: c.revision, Agent: c.agent, AgentGone: c.agentGone, Bundle: c.vouched != nil && c.level == 0,
-		Members: c.membersChanged, Seal: c.sealChanged, Level: c.level != 0}
+		Members: c.membersChanged, Seal: c.sealChanged, Level: c.level != 0, Rotation: c.rotations != nil}
 	switch {
 	case c.putEntry != nil:
 		if old := v.entries[c.putEntry.ID]; old != nil {
@@ -148,6 +153,8 @@ func (v *view) apply(c change) identity.Change {
 		v.members = c.members
 	case c.sealChanged:
 		v.seal = c.seal
+	case c.rotations != nil:
+		v.rotate = c.rotations
 	}
 	return out
 }
@@ -184,6 +191,13 @@ func (s *Store) Match(sel []identity.Selector) []*identity.Entry {
 		out[i] = &r.Entry
 	}
 	return out
+}
+
+// DownstreamIDs returns the SPIFFE IDs that downstream entries have, sorted.
+func (s *Store) DownstreamIDs() []string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.Sorted(maps.Keys(s.view.downstream))
 }
 
 // Downstream returns the downstream entry with exactly this SPIFFE ID; of several the one that lasts longest. It may have
@@ -278,6 +292,13 @@ func (s *Store) Authorities() []identity.Authority {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return values(s.view.authorities)
+}
+
+// Rotations returns the rotation of each kind that is under way, or was the last.
+func (s *Store) Rotations() []identity.Rotation {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return values(s.view.rotate)
 }
 
 // Bundle is what the trust domain vouches for; its sequence is 0 while there are no authorities yet.

@@ -78,7 +78,7 @@ func (w *Writer) ResealAuthority(ctx context.Context, kind identity.AuthorityKin
 
 // PrepareAuthority stores an authority that is in the bundle and does not sign yet, and returns it; its state must be
 // AuthorityPrepared. ErrExists: there is one of that kind and ID, or another cluster's key has the ID.
-func (w *Writer) PrepareAuthority(ctx context.Context, a identity.Authority) (identity.Authority, error) {
+func (w *Writer) PrepareAuthority(ctx context.Context, now time.Time, a identity.Authority) (identity.Authority, error) {
 	if err := w.checkAuthority(&a); err != nil {
 		return identity.Authority{}, err
 	}
@@ -88,13 +88,37 @@ func (w *Writer) PrepareAuthority(ctx context.Context, a identity.Authority) (id
 	if err := w.need(level2, prepareAuthority); err != nil {
 		return identity.Authority{}, err
 	}
-	return propose[identity.Authority](ctx, w, prepareAuthority, time.Time{}, a)
+	return propose[identity.Authority](ctx, w, prepareAuthority, now, a)
 }
 
-// ActivateAuthority makes a prepared authority the one that signs, and the one before a retiring one, at once. Of the active
-// one it is no error; ErrPrecondition of a retiring one, ErrNotFound.
-func (w *Writer) ActivateAuthority(ctx context.Context, kind identity.AuthorityKind, id string) error {
-	return w.do2(ctx, activateAuthority, time.Time{}, authorityData{Kind: kind, ID: id})
+// ActivateAuthority makes a prepared authority the one that signs, and the one before a retiring one, at once; with back it
+// is one that signed before and is not revoked. Of the active one it is no error; ErrPrecondition of any other, ErrNotFound.
+func (w *Writer) ActivateAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string, back bool) error {
+	return w.do2(ctx, activateAuthority, now, activateData{Kind: kind, ID: id, Back: back})
+}
+
+// TaintAuthority gives up a retiring authority: what it signed is to be replaced, within spread. ErrPrecondition of any other,
+// ErrNotFound; of a tainted one it changes nothing.
+func (w *Writer) TaintAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string, spread time.Duration) error {
+	return w.do2(ctx, taintAuthority, now, taintData{Kind: kind, ID: id, Spread: spread})
+}
+
+// RevokeAuthority takes a retiring or tainted authority out of the bundle, for good. ErrPrecondition of one that signs or is
+// prepared, ErrNotFound; of a revoked one it changes nothing.
+func (w *Writer) RevokeAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string) error {
+	return w.do2(ctx, revokeAuthority, now, authorityData{Kind: kind, ID: id})
+}
+
+// PutRotation begins a rotation (ifRevision 0), or replaces the one that has that revision, and returns it. ErrPrecondition: one
+// is under way, or it has moved on.
+func (w *Writer) PutRotation(ctx context.Context, now time.Time, r identity.Rotation, ifRevision uint64) (identity.Rotation, error) {
+	if err := r.Check(); err != nil {
+		return identity.Rotation{}, err
+	}
+	if err := w.need(level2, putRotation); err != nil {
+		return identity.Rotation{}, err
+	}
+	return propose[identity.Rotation](ctx, w, putRotation, now, putRotationData{Rotation: r, IfRevision: ifRevision})
 }
 
 // DropAuthority removes an authority that is prepared, or whose NotAfter has passed at now; ErrPrecondition otherwise, ErrNotFound.

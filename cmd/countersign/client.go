@@ -50,7 +50,15 @@ func (a *admin) call(cmd *cobra.Command, f func(context.Context, adminv1.AdminCl
 
 // connect is call for the other services that operators have.
 func (a *admin) connect(cmd *cobra.Command, f func(context.Context, *grpc.ClientConn) error) error {
-	ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
+	return a.connectFor(cmd, a.timeout, f)
+}
+
+// connectFor is connect with a deadline of its own; 0: none.
+func (a *admin) connectFor(cmd *cobra.Command, timeout time.Duration, f func(context.Context, *grpc.ClientConn) error) error {
+	ctx, cancel := context.WithCancel(cmd.Context())
+	if timeout > 0 {
+		ctx, cancel = context.WithTimeout(cmd.Context(), timeout)
+	}
 	defer cancel()
 	l, err := a.dial(ctx)
 	if err != nil {

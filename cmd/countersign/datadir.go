@@ -39,6 +39,7 @@ import (
 //	keyring           the data keys, wrapped under it
 //	authorities.json  the replicated, sealed authority records as last seen: a member needs its TLS certificate before
 //	                  raft can have a leader, and a crash throws the state away
+//	issued.json       until when what this member signed lasts, by authority
 //	raft/, state/     the log and the state
 type dataDir struct {
 	path    string
@@ -176,6 +177,9 @@ func (d *dataDir) begin(ctx context.Context, c *config.Server, kek seal.KEK) err
 	}
 	if err := seal.SaveKeyring(ctx, d.file("keyring"), kek, d.td, keyring); err != nil {
 		return fmt.Errorf("saving the keyring: %w", err)
+	}
+	if err := d.saveIssued(map[string]time.Time{}); err != nil { // it has signed nothing, and knows it
+		return err
 	}
 	raw, err := json.Marshal(d.member)
 	if err != nil {

@@ -231,7 +231,7 @@ func (m *member) lastAuthorities() error {
 	}
 	m.cached = &identity.Bundle{TrustDomain: m.td, JWT: map[string][]byte{}}
 	for _, a := range authorities {
-		if a.Kind == identity.AuthorityX509 {
+		if a.Kind == identity.AuthorityX509 && a.State.Vouched() {
 			m.cached.X509 = append(m.cached.X509, rootsOf(&a)...)
 		}
 	}
@@ -298,6 +298,8 @@ func (m *member) replicate(ctx context.Context) error {
 		Cluster: m.cluster(),
 		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
 		Upstream: up, Outside: m.store, Authorities: w, SealTerm: seal.TermOf,
+		IssuedUntil: m.issuedUntil(), KeepIssued: m.data.saveIssued,
+		Rotating: m.rotating(w), Reports: m.askReport, NewX509Key: m.newX509Key(),
 		Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,

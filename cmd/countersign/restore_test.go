@@ -154,7 +154,7 @@ func (p *past) live(t *testing.T, m *member, w *store.Writer, from int) {
 		}
 		a.State = identity.AuthorityPrepared
 		a.SealedKey = []byte("of no use: it is never activated")
-		if _, err := w.PrepareAuthority(ctx, a); err != nil {
+		if _, err := w.PrepareAuthority(ctx, time.Now(), a); err != nil {
 			t.Fatal(err)
 		}
 		s := m.store.Bundle().Sequence

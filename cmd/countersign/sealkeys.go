@@ -256,14 +256,13 @@ func (m *member) openKeyAt(a identity.Authority) (crypto.Signer, error) {
 	if own == "" {
 		return nil, fmt.Errorf("%w: the key of %s authority %s is in a KMS or HSM: set ca.key to what the other members have there (countersign authority list shows where it is), with this machine's module and PIN file", identity.ErrPrecondition, a.Kind, a.ID)
 	}
-	if err := kmskey.CheckSame(own, a.KeyURI); err != nil {
-		return nil, fmt.Errorf("opening the key of %s authority %s: ca.key: %w", a.Kind, a.ID, err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), kmsTime)
-	defer cancel()
-	key, err := kmskey.Open(ctx, own)
+	own, err := m.keyFor(&a)
 	if err != nil {
-		return nil, fmt.Errorf("opening ca.key: %w", err)
+		return nil, err
+	}
+	key, err := openKMS(own)
+	if err != nil {
+		return nil, err
 	}
 	if pub, err := x509.MarshalPKIXPublicKey(key.Public()); err != nil || !bytes.Equal(pub, a.PublicKey) {
 		return nil, fmt.Errorf("%w: the key at ca.key is not the one of %s authority %s: the token has another key of that name", identity.ErrPrecondition, a.Kind, a.ID)

@@ -62,6 +62,7 @@ func bundleCommand(a *admin) *cobra.Command {
 	}
 	show.Flags().StringVar(&format, "format", "", "pem: the X.509 authorities alone; spiffe: the bundle as the SPIFFE standard writes it")
 	cmd.AddCommand(show)
+	cmd.AddCommand(trustCommands(a)...)
 	return cmd
 }
 

@@ -82,7 +82,7 @@ func (m *member) notes() []string {
 }
 
 func authorityCommand(a *admin) *cobra.Command {
-	cmd := &cobra.Command{Use: "authority", Short: "See the keys that the trust domain vouches for"}
+	cmd := &cobra.Command{Use: "authority", Short: "See and replace the keys that the trust domain vouches for"}
 	a.flags(cmd)
 	list := &cobra.Command{
 		Use: "list", Short: "List the authorities: what signs, what is next, what is still trusted", Args: cobra.NoArgs,
@@ -97,7 +97,7 @@ func authorityCommand(a *admin) *cobra.Command {
 			})
 		},
 	}
-	cmd.AddCommand(list)
+	cmd.AddCommand(list, taintCommand(a, "authority"))
 	return cmd
 }
 

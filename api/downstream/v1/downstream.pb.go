@@ -141,6 +141,9 @@ func (x *SignResponse) GetBundle() *v1.Bundle {
 type Keys struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Keys          []*Keys_Key            `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	AckedSequence uint64                 `protobuf:"varint,2,opt,name=acked_sequence,json=ackedSequence,proto3" json:"acked_sequence,omitempty"` // of the bundle from above that everyone in the caller's cluster has
+	Tells         bool                   `protobuf:"varint,3,opt,name=tells,proto3" json:"tells,omitempty"`                                      // what follows is told: older versions do not
+	Uses          []string               `protobuf:"bytes,4,rep,name=uses,proto3" json:"uses,omitempty"`                                         // IDs of the x509 authorities above that anything live in the caller's cluster is under
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -178,6 +181,27 @@ func (*Keys) Descriptor() ([]byte, []int) {
 func (x *Keys) GetKeys() []*Keys_Key {
 	if x != nil {
 		return x.Keys
+	}
+	return nil
+}
+
+func (x *Keys) GetAckedSequence() uint64 {
+	if x != nil {
+		return x.AckedSequence
+	}
+	return 0
+}
+
+func (x *Keys) GetTells() bool {
+	if x != nil {
+		return x.Tells
+	}
+	return false
+}
+
+func (x *Keys) GetUses() []string {
+	if x != nil {
+		return x.Uses
 	}
 	return nil
 }
@@ -255,9 +279,12 @@ const file_api_downstream_v1_downstream_proto_rawDesc = "" +
 	"\fSignResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x14\n" +
 	"\x05chain\x18\x02 \x03(\fR\x05chain\x127\n" +
-	"\x06bundle\x18\x03 \x01(\v2\x1f.countersign.workload.v1.BundleR\x06bundle\"\xb0\x01\n" +
+	"\x06bundle\x18\x03 \x01(\v2\x1f.countersign.workload.v1.BundleR\x06bundle\"\x81\x02\n" +
 	"\x04Keys\x127\n" +
-	"\x04keys\x18\x01 \x03(\v2#.countersign.downstream.v1.Keys.KeyR\x04keys\x1ao\n" +
+	"\x04keys\x18\x01 \x03(\v2#.countersign.downstream.v1.Keys.KeyR\x04keys\x12%\n" +
+	"\x0eacked_sequence\x18\x02 \x01(\x04R\rackedSequence\x12\x14\n" +
+	"\x05tells\x18\x03 \x01(\bR\x05tells\x12\x12\n" +
+	"\x04uses\x18\x04 \x03(\tR\x04uses\x1ao\n" +
 	"\x03Key\x12\x10\n" +
 	"\x03kid\x18\x01 \x01(\tR\x03kid\x12\x1d\n" +
 	"\n" +

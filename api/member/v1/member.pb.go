@@ -11,6 +11,7 @@ package memberv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -23,6 +24,110 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type ReportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`           // x509 or jwt
+	Authority     string                 `protobuf:"bytes,2,opt,name=authority,proto3" json:"authority,omitempty"` // ID
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRequest) Reset() {
+	*x = ReportRequest{}
+	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest) ProtoMessage() {}
+
+func (x *ReportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
+func (*ReportRequest) Descriptor() ([]byte, []int) {
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ReportRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+type ReportResponse struct {
+	state         protoimpl.MessageState  `protogen:"open.v1"`
+	Self          *ReportResponse_Self    `protobuf:"bytes,1,opt,name=self,proto3" json:"self,omitempty"` // in the first message only
+	Parties       []*ReportResponse_Party `protobuf:"bytes,2,rep,name=parties,proto3" json:"parties,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportResponse) Reset() {
+	*x = ReportResponse{}
+	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse) ProtoMessage() {}
+
+func (x *ReportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
+func (*ReportResponse) Descriptor() ([]byte, []int) {
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ReportResponse) GetSelf() *ReportResponse_Self {
+	if x != nil {
+		return x.Self
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetParties() []*ReportResponse_Party {
+	if x != nil {
+		return x.Parties
+	}
+	return nil
+}
+
 type KeyringRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -31,7 +136,7 @@ type KeyringRequest struct {
 
 func (x *KeyringRequest) Reset() {
 	*x = KeyringRequest{}
-	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	mi := &file_api_member_v1_member_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -43,7 +148,7 @@ func (x *KeyringRequest) String() string {
 func (*KeyringRequest) ProtoMessage() {}
 
 func (x *KeyringRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[0]
+	mi := &file_api_member_v1_member_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -56,7 +161,7 @@ func (x *KeyringRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyringRequest.ProtoReflect.Descriptor instead.
 func (*KeyringRequest) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{0}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{2}
 }
 
 type KeyringResponse struct {
@@ -68,7 +173,7 @@ type KeyringResponse struct {
 
 func (x *KeyringResponse) Reset() {
 	*x = KeyringResponse{}
-	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	mi := &file_api_member_v1_member_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -80,7 +185,7 @@ func (x *KeyringResponse) String() string {
 func (*KeyringResponse) ProtoMessage() {}
 
 func (x *KeyringResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[1]
+	mi := &file_api_member_v1_member_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -93,7 +198,7 @@ func (x *KeyringResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyringResponse.ProtoReflect.Descriptor instead.
 func (*KeyringResponse) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{1}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *KeyringResponse) GetKeyring() []byte {
@@ -116,7 +221,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_api_member_v1_member_proto_msgTypes[2]
+	mi := &file_api_member_v1_member_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -128,7 +233,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[2]
+	mi := &file_api_member_v1_member_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -141,7 +246,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{2}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *JoinRequest) GetSecret() string {
@@ -191,7 +296,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_api_member_v1_member_proto_msgTypes[3]
+	mi := &file_api_member_v1_member_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -203,7 +308,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[3]
+	mi := &file_api_member_v1_member_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -216,7 +321,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{3}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *JoinResponse) GetTrustDomain() string {
@@ -257,7 +362,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_api_member_v1_member_proto_msgTypes[4]
+	mi := &file_api_member_v1_member_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -269,7 +374,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_api_member_v1_member_proto_msgTypes[4]
+	mi := &file_api_member_v1_member_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -282,7 +387,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_api_member_v1_member_proto_rawDescGZIP(), []int{4}
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Peer) GetId() string {
@@ -299,11 +404,214 @@ func (x *Peer) GetAddress() string {
 	return ""
 }
 
+type ReportResponse_Self struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	BundleSequence uint64                 `protobuf:"varint,1,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
+	SignsUnder     string                 `protobuf:"bytes,2,opt,name=signs_under,json=signsUnder,proto3" json:"signs_under,omitempty"` // ID of the authority of the kind; empty: it cannot sign
+	StartedAt      *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`    // it does not know who was connected before
+	// When the last ends of what it signed under the authority for others than agents and clusters below; of the kind jwt, for all.
+	Until         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
+	KnowsSince    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=knows_since,json=knowsSince,proto3" json:"knows_since,omitempty"` // it does not know what it signed before; absent: it knows all
+	LongestMs     int64                  `protobuf:"varint,6,opt,name=longest_ms,json=longestMs,proto3" json:"longest_ms,omitempty"`   // how long what it signs can last
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportResponse_Self) Reset() {
+	*x = ReportResponse_Self{}
+	mi := &file_api_member_v1_member_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse_Self) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse_Self) ProtoMessage() {}
+
+func (x *ReportResponse_Self) ProtoReflect() protoreflect.Message {
+	mi := &file_api_member_v1_member_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse_Self.ProtoReflect.Descriptor instead.
+func (*ReportResponse_Self) Descriptor() ([]byte, []int) {
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{1, 0}
+}
+
+func (x *ReportResponse_Self) GetBundleSequence() uint64 {
+	if x != nil {
+		return x.BundleSequence
+	}
+	return 0
+}
+
+func (x *ReportResponse_Self) GetSignsUnder() string {
+	if x != nil {
+		return x.SignsUnder
+	}
+	return ""
+}
+
+func (x *ReportResponse_Self) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *ReportResponse_Self) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *ReportResponse_Self) GetKnowsSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.KnowsSince
+	}
+	return nil
+}
+
+func (x *ReportResponse_Self) GetLongestMs() int64 {
+	if x != nil {
+		return x.LongestMs
+	}
+	return 0
+}
+
+// Party is an agent, or a cluster below.
+type ReportResponse_Party struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // SPIFFE ID
+	Connected      bool                   `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
+	SeenAt         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=seen_at,json=seenAt,proto3" json:"seen_at,omitempty"`                          // when it was connected last
+	BundleSequence uint64                 `protobuf:"varint,4,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"` // that it has
+	Tells          bool                   `protobuf:"varint,5,opt,name=tells,proto3" json:"tells,omitempty"`                                         // it tells what is under an authority; older versions do not
+	Svids          uint32                 `protobuf:"varint,6,opt,name=svids,proto3" json:"svids,omitempty"`                                         // under the authority
+	Until          *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=until,proto3" json:"until,omitempty"`                                          // as in node.v1.Ack.Use
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ReportResponse_Party) Reset() {
+	*x = ReportResponse_Party{}
+	mi := &file_api_member_v1_member_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse_Party) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse_Party) ProtoMessage() {}
+
+func (x *ReportResponse_Party) ProtoReflect() protoreflect.Message {
+	mi := &file_api_member_v1_member_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse_Party.ProtoReflect.Descriptor instead.
+func (*ReportResponse_Party) Descriptor() ([]byte, []int) {
+	return file_api_member_v1_member_proto_rawDescGZIP(), []int{1, 1}
+}
+
+func (x *ReportResponse_Party) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ReportResponse_Party) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *ReportResponse_Party) GetSeenAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SeenAt
+	}
+	return nil
+}
+
+func (x *ReportResponse_Party) GetBundleSequence() uint64 {
+	if x != nil {
+		return x.BundleSequence
+	}
+	return 0
+}
+
+func (x *ReportResponse_Party) GetTells() bool {
+	if x != nil {
+		return x.Tells
+	}
+	return false
+}
+
+func (x *ReportResponse_Party) GetSvids() uint32 {
+	if x != nil {
+		return x.Svids
+	}
+	return 0
+}
+
+func (x *ReportResponse_Party) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
 var File_api_member_v1_member_proto protoreflect.FileDescriptor
 
 const file_api_member_v1_member_proto_rawDesc = "" +
 	"\n" +
-	"\x1aapi/member/v1/member.proto\x12\x15countersign.member.v1\"\x10\n" +
+	"\x1aapi/member/v1/member.proto\x12\x15countersign.member.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n" +
+	"\rReportRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1c\n" +
+	"\tauthority\x18\x02 \x01(\tR\tauthority\"\xa7\x05\n" +
+	"\x0eReportResponse\x12>\n" +
+	"\x04self\x18\x01 \x01(\v2*.countersign.member.v1.ReportResponse.SelfR\x04self\x12E\n" +
+	"\aparties\x18\x02 \x03(\v2+.countersign.member.v1.ReportResponse.PartyR\aparties\x1a\x99\x02\n" +
+	"\x04Self\x12'\n" +
+	"\x0fbundle_sequence\x18\x01 \x01(\x04R\x0ebundleSequence\x12\x1f\n" +
+	"\vsigns_under\x18\x02 \x01(\tR\n" +
+	"signsUnder\x129\n" +
+	"\n" +
+	"started_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x120\n" +
+	"\x05until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12;\n" +
+	"\vknows_since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"knowsSince\x12\x1d\n" +
+	"\n" +
+	"longest_ms\x18\x06 \x01(\x03R\tlongestMs\x1a\xf1\x01\n" +
+	"\x05Party\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x123\n" +
+	"\aseen_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x06seenAt\x12'\n" +
+	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x12\x14\n" +
+	"\x05tells\x18\x05 \x01(\bR\x05tells\x12\x14\n" +
+	"\x05svids\x18\x06 \x01(\rR\x05svids\x120\n" +
+	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x10\n" +
 	"\x0eKeyringRequest\"+\n" +
 	"\x0fKeyringResponse\x12\x18\n" +
 	"\akeyring\x18\x01 \x01(\fR\akeyring\"\x7f\n" +
@@ -320,10 +628,11 @@ const file_api_member_v1_member_proto_rawDesc = "" +
 	"\amembers\x18\x04 \x03(\v2\x1b.countersign.member.v1.PeerR\amembers\"0\n" +
 	"\x04Peer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress2\xb3\x01\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress2\x8c\x02\n" +
 	"\x06Member\x12O\n" +
 	"\x04Join\x12\".countersign.member.v1.JoinRequest\x1a#.countersign.member.v1.JoinResponse\x12X\n" +
-	"\aKeyring\x12%.countersign.member.v1.KeyringRequest\x1a&.countersign.member.v1.KeyringResponseB3Z1countersign.io/countersign/api/member/v1;memberv1b\x06proto3"
+	"\aKeyring\x12%.countersign.member.v1.KeyringRequest\x1a&.countersign.member.v1.KeyringResponse\x12W\n" +
+	"\x06Report\x12$.countersign.member.v1.ReportRequest\x1a%.countersign.member.v1.ReportResponse0\x01B3Z1countersign.io/countersign/api/member/v1;memberv1b\x06proto3"
 
 var (
 	file_api_member_v1_member_proto_rawDescOnce sync.Once
@@ -337,25 +646,39 @@ func file_api_member_v1_member_proto_rawDescGZIP() []byte {
 	return file_api_member_v1_member_proto_rawDescData
 }
 
-var file_api_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_api_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_api_member_v1_member_proto_goTypes = []any{
-	(*KeyringRequest)(nil),  // 0: countersign.member.v1.KeyringRequest
-	(*KeyringResponse)(nil), // 1: countersign.member.v1.KeyringResponse
-	(*JoinRequest)(nil),     // 2: countersign.member.v1.JoinRequest
-	(*JoinResponse)(nil),    // 3: countersign.member.v1.JoinResponse
-	(*Peer)(nil),            // 4: countersign.member.v1.Peer
+	(*ReportRequest)(nil),         // 0: countersign.member.v1.ReportRequest
+	(*ReportResponse)(nil),        // 1: countersign.member.v1.ReportResponse
+	(*KeyringRequest)(nil),        // 2: countersign.member.v1.KeyringRequest
+	(*KeyringResponse)(nil),       // 3: countersign.member.v1.KeyringResponse
+	(*JoinRequest)(nil),           // 4: countersign.member.v1.JoinRequest
+	(*JoinResponse)(nil),          // 5: countersign.member.v1.JoinResponse
+	(*Peer)(nil),                  // 6: countersign.member.v1.Peer
+	(*ReportResponse_Self)(nil),   // 7: countersign.member.v1.ReportResponse.Self
+	(*ReportResponse_Party)(nil),  // 8: countersign.member.v1.ReportResponse.Party
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_api_member_v1_member_proto_depIdxs = []int32{
-	4, // 0: countersign.member.v1.JoinResponse.members:type_name -> countersign.member.v1.Peer
-	2, // 1: countersign.member.v1.Member.Join:input_type -> countersign.member.v1.JoinRequest
-	0, // 2: countersign.member.v1.Member.Keyring:input_type -> countersign.member.v1.KeyringRequest
-	3, // 3: countersign.member.v1.Member.Join:output_type -> countersign.member.v1.JoinResponse
-	1, // 4: countersign.member.v1.Member.Keyring:output_type -> countersign.member.v1.KeyringResponse
-	3, // [3:5] is the sub-list for method output_type
-	1, // [1:3] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	7,  // 0: countersign.member.v1.ReportResponse.self:type_name -> countersign.member.v1.ReportResponse.Self
+	8,  // 1: countersign.member.v1.ReportResponse.parties:type_name -> countersign.member.v1.ReportResponse.Party
+	6,  // 2: countersign.member.v1.JoinResponse.members:type_name -> countersign.member.v1.Peer
+	9,  // 3: countersign.member.v1.ReportResponse.Self.started_at:type_name -> google.protobuf.Timestamp
+	9,  // 4: countersign.member.v1.ReportResponse.Self.until:type_name -> google.protobuf.Timestamp
+	9,  // 5: countersign.member.v1.ReportResponse.Self.knows_since:type_name -> google.protobuf.Timestamp
+	9,  // 6: countersign.member.v1.ReportResponse.Party.seen_at:type_name -> google.protobuf.Timestamp
+	9,  // 7: countersign.member.v1.ReportResponse.Party.until:type_name -> google.protobuf.Timestamp
+	4,  // 8: countersign.member.v1.Member.Join:input_type -> countersign.member.v1.JoinRequest
+	2,  // 9: countersign.member.v1.Member.Keyring:input_type -> countersign.member.v1.KeyringRequest
+	0,  // 10: countersign.member.v1.Member.Report:input_type -> countersign.member.v1.ReportRequest
+	5,  // 11: countersign.member.v1.Member.Join:output_type -> countersign.member.v1.JoinResponse
+	3,  // 12: countersign.member.v1.Member.Keyring:output_type -> countersign.member.v1.KeyringResponse
+	1,  // 13: countersign.member.v1.Member.Report:output_type -> countersign.member.v1.ReportResponse
+	11, // [11:14] is the sub-list for method output_type
+	8,  // [8:11] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_api_member_v1_member_proto_init() }
@@ -369,7 +692,7 @@ func file_api_member_v1_member_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_member_v1_member_proto_rawDesc), len(file_api_member_v1_member_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Member_Join_FullMethodName    = "/countersign.member.v1.Member/Join"
 	Member_Keyring_FullMethodName = "/countersign.member.v1.Member/Keyring"
+	Member_Report_FullMethodName  = "/countersign.member.v1.Member/Report"
 )
 
 // MemberClient is the client API for Member service.
@@ -34,6 +35,9 @@ type MemberClient interface {
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
 	// Keyring returns the data keys that this member has, to a member of the cluster only.
 	Keyring(ctx context.Context, in *KeyringRequest, opts ...grpc.CallOption) (*KeyringResponse, error)
+	// Report tells what this member, its agents and the clusters below have of the bundle, and what of theirs is under an
+	// authority: to a member of the cluster only. A rotation goes by it.
+	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReportResponse], error)
 }
 
 type memberClient struct {
@@ -64,6 +68,25 @@ func (c *memberClient) Keyring(ctx context.Context, in *KeyringRequest, opts ...
 	return out, nil
 }
 
+func (c *memberClient) Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReportResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Member_ServiceDesc.Streams[0], Member_Report_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReportRequest, ReportResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Member_ReportClient = grpc.ServerStreamingClient[ReportResponse]
+
 // MemberServer is the server API for Member service.
 // All implementations must embed UnimplementedMemberServer
 // for forward compatibility.
@@ -73,6 +96,9 @@ type MemberServer interface {
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
 	// Keyring returns the data keys that this member has, to a member of the cluster only.
 	Keyring(context.Context, *KeyringRequest) (*KeyringResponse, error)
+	// Report tells what this member, its agents and the clusters below have of the bundle, and what of theirs is under an
+	// authority: to a member of the cluster only. A rotation goes by it.
+	Report(*ReportRequest, grpc.ServerStreamingServer[ReportResponse]) error
 	mustEmbedUnimplementedMemberServer()
 }
 
@@ -88,6 +114,9 @@ func (UnimplementedMemberServer) Join(context.Context, *JoinRequest) (*JoinRespo
 }
 func (UnimplementedMemberServer) Keyring(context.Context, *KeyringRequest) (*KeyringResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Keyring not implemented")
+}
+func (UnimplementedMemberServer) Report(*ReportRequest, grpc.ServerStreamingServer[ReportResponse]) error {
+	return status.Error(codes.Unimplemented, "method Report not implemented")
 }
 func (UnimplementedMemberServer) mustEmbedUnimplementedMemberServer() {}
 func (UnimplementedMemberServer) testEmbeddedByValue()                {}
@@ -146,6 +175,17 @@ func _Member_Keyring_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Member_Report_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReportRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MemberServer).Report(m, &grpc.GenericServerStream[ReportRequest, ReportResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Member_ReportServer = grpc.ServerStreamingServer[ReportResponse]
+
 // Member_ServiceDesc is the grpc.ServiceDesc for Member service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -162,6 +202,12 @@ var Member_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Member_Keyring_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Report",
+			Handler:       _Member_Report_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "api/member/v1/member.proto",
 }

@@ -12,6 +12,7 @@ import (
 	v1 "countersign.io/countersign/api/workload/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -509,8 +510,14 @@ type Ack struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Revision       uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	BundleSequence uint64                 `protobuf:"varint,2,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Every X.509 authority that anything live is under that the agent holds, or has handed out. It is sent whenever an authority
+	// comes or goes.
+	Uses []*Ack_Use `protobuf:"bytes,3,rep,name=uses,proto3" json:"uses,omitempty"`
+	// The agent does not know what it handed out before this; absent: it knows all. Without since and uses, it does not tell.
+	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	Tells         bool                   `protobuf:"varint,5,opt,name=tells,proto3" json:"tells,omitempty"` // uses and since are told: older versions do not
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
@@ -555,6 +562,27 @@ func (x *Ack) GetBundleSequence() uint64 {
 		return x.BundleSequence
 	}
 	return 0
+}
+
+func (x *Ack) GetUses() []*Ack_Use {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+func (x *Ack) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Ack) GetTells() bool {
+	if x != nil {
+		return x.Tells
+	}
+	return false
 }
 
 type SyncResponse struct {
@@ -1023,6 +1051,66 @@ func (x *Watch_EntryRef) GetRevision() uint64 {
 	return 0
 }
 
+type Ack_Use struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     string                 `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"` // ID
+	Svids         uint32                 `protobuf:"varint,2,opt,name=svids,proto3" json:"svids,omitempty"`        // that it holds, and renews
+	Until         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=until,proto3" json:"until,omitempty"`         // when the last ends of those that it handed out and does not renew: nobody listens for another
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Ack_Use) Reset() {
+	*x = Ack_Use{}
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Ack_Use) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Ack_Use) ProtoMessage() {}
+
+func (x *Ack_Use) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Ack_Use.ProtoReflect.Descriptor instead.
+func (*Ack_Use) Descriptor() ([]byte, []int) {
+	return file_api_node_v1_node_proto_rawDescGZIP(), []int{7, 0}
+}
+
+func (x *Ack_Use) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *Ack_Use) GetSvids() uint32 {
+	if x != nil {
+		return x.Svids
+	}
+	return 0
+}
+
+func (x *Ack_Use) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
 type State_Bundles struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Own           *v1.Bundle             `protobuf:"bytes,1,opt,name=own,proto3" json:"own,omitempty"`
@@ -1033,7 +1121,7 @@ type State_Bundles struct {
 
 func (x *State_Bundles) Reset() {
 	*x = State_Bundles{}
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1133,7 @@ func (x *State_Bundles) String() string {
 func (*State_Bundles) ProtoMessage() {}
 
 func (x *State_Bundles) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[15]
+	mi := &file_api_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1084,7 +1172,7 @@ type State_Members struct {
 
 func (x *State_Members) Reset() {
 	*x = State_Members{}
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1096,7 +1184,7 @@ func (x *State_Members) String() string {
 func (*State_Members) ProtoMessage() {}
 
 func (x *State_Members) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_v1_node_proto_msgTypes[16]
+	mi := &file_api_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1123,7 +1211,7 @@ var File_api_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_api_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x16api/node/v1/node.proto\x12\x13countersign.node.v1\x1a\x1eapi/workload/v1/workload.proto\"\xf4\x02\n" +
+	"\x16api/node/v1/node.proto\x12\x13countersign.node.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1eapi/workload/v1/workload.proto\"\xf4\x02\n" +
 	"\rAttestRequest\x12@\n" +
 	"\x05begin\x18\x01 \x01(\v2(.countersign.node.v1.AttestRequest.BeginH\x00R\x05begin\x12\x16\n" +
 	"\x05proof\x18\x02 \x01(\fH\x00R\x05proof\x1a\xdf\x01\n" +
@@ -1170,10 +1258,17 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\aentries\x18\x03 \x03(\v2#.countersign.node.v1.Watch.EntryRefR\aentries\x1a6\n" +
 	"\bEntryRef\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x04R\brevision\"J\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\"\xb1\x02\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
-	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\"\xa3\x01\n" +
+	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x120\n" +
+	"\x04uses\x18\x03 \x03(\v2\x1c.countersign.node.v1.Ack.UseR\x04uses\x120\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
+	"\x05tells\x18\x05 \x01(\bR\x05tells\x1ak\n" +
+	"\x03Use\x12\x1c\n" +
+	"\tauthority\x18\x01 \x01(\tR\tauthority\x12\x14\n" +
+	"\x05svids\x18\x02 \x01(\rR\x05svids\x120\n" +
+	"\x05until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\xa3\x01\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x05state\x18\x02 \x01(\v2\x1a.countersign.node.v1.StateH\x00R\x05state\x128\n" +
@@ -1207,7 +1302,7 @@ func file_api_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_api_node_v1_node_proto_rawDescData
 }
 
-var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_api_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_api_node_v1_node_proto_goTypes = []any{
 	(*AttestRequest)(nil),         // 0: countersign.node.v1.AttestRequest
 	(*AttestResponse)(nil),        // 1: countersign.node.v1.AttestResponse
@@ -1224,37 +1319,42 @@ var file_api_node_v1_node_proto_goTypes = []any{
 	(*AttestRequest_X509Pop)(nil), // 12: countersign.node.v1.AttestRequest.X509Pop
 	(*Watch_Workload)(nil),        // 13: countersign.node.v1.Watch.Workload
 	(*Watch_EntryRef)(nil),        // 14: countersign.node.v1.Watch.EntryRef
-	(*State_Bundles)(nil),         // 15: countersign.node.v1.State.Bundles
-	(*State_Members)(nil),         // 16: countersign.node.v1.State.Members
-	(*v1.Bundle)(nil),             // 17: countersign.workload.v1.Bundle
+	(*Ack_Use)(nil),               // 15: countersign.node.v1.Ack.Use
+	(*State_Bundles)(nil),         // 16: countersign.node.v1.State.Bundles
+	(*State_Members)(nil),         // 17: countersign.node.v1.State.Members
+	(*v1.Bundle)(nil),             // 18: countersign.workload.v1.Bundle
+	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
 }
 var file_api_node_v1_node_proto_depIdxs = []int32{
 	11, // 0: countersign.node.v1.AttestRequest.begin:type_name -> countersign.node.v1.AttestRequest.Begin
 	3,  // 1: countersign.node.v1.AttestResponse.svid:type_name -> countersign.node.v1.AgentSVID
-	17, // 2: countersign.node.v1.AgentSVID.bundle:type_name -> countersign.workload.v1.Bundle
+	18, // 2: countersign.node.v1.AgentSVID.bundle:type_name -> countersign.workload.v1.Bundle
 	5,  // 3: countersign.node.v1.SyncRequest.hello:type_name -> countersign.node.v1.Hello
 	6,  // 4: countersign.node.v1.SyncRequest.watch:type_name -> countersign.node.v1.Watch
 	7,  // 5: countersign.node.v1.SyncRequest.ack:type_name -> countersign.node.v1.Ack
 	13, // 6: countersign.node.v1.Watch.set:type_name -> countersign.node.v1.Watch.Workload
-	9,  // 7: countersign.node.v1.SyncResponse.state:type_name -> countersign.node.v1.State
-	10, // 8: countersign.node.v1.SyncResponse.changed:type_name -> countersign.node.v1.Changed
-	15, // 9: countersign.node.v1.State.bundles:type_name -> countersign.node.v1.State.Bundles
-	16, // 10: countersign.node.v1.State.members:type_name -> countersign.node.v1.State.Members
-	12, // 11: countersign.node.v1.AttestRequest.Begin.x509pop:type_name -> countersign.node.v1.AttestRequest.X509Pop
-	14, // 12: countersign.node.v1.Watch.Workload.entries:type_name -> countersign.node.v1.Watch.EntryRef
-	17, // 13: countersign.node.v1.State.Bundles.own:type_name -> countersign.workload.v1.Bundle
-	17, // 14: countersign.node.v1.State.Bundles.federated:type_name -> countersign.workload.v1.Bundle
-	0,  // 15: countersign.node.v1.Node.Attest:input_type -> countersign.node.v1.AttestRequest
-	2,  // 16: countersign.node.v1.Node.Renew:input_type -> countersign.node.v1.RenewRequest
-	4,  // 17: countersign.node.v1.Node.Sync:input_type -> countersign.node.v1.SyncRequest
-	1,  // 18: countersign.node.v1.Node.Attest:output_type -> countersign.node.v1.AttestResponse
-	3,  // 19: countersign.node.v1.Node.Renew:output_type -> countersign.node.v1.AgentSVID
-	8,  // 20: countersign.node.v1.Node.Sync:output_type -> countersign.node.v1.SyncResponse
-	18, // [18:21] is the sub-list for method output_type
-	15, // [15:18] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	15, // 7: countersign.node.v1.Ack.uses:type_name -> countersign.node.v1.Ack.Use
+	19, // 8: countersign.node.v1.Ack.since:type_name -> google.protobuf.Timestamp
+	9,  // 9: countersign.node.v1.SyncResponse.state:type_name -> countersign.node.v1.State
+	10, // 10: countersign.node.v1.SyncResponse.changed:type_name -> countersign.node.v1.Changed
+	16, // 11: countersign.node.v1.State.bundles:type_name -> countersign.node.v1.State.Bundles
+	17, // 12: countersign.node.v1.State.members:type_name -> countersign.node.v1.State.Members
+	12, // 13: countersign.node.v1.AttestRequest.Begin.x509pop:type_name -> countersign.node.v1.AttestRequest.X509Pop
+	14, // 14: countersign.node.v1.Watch.Workload.entries:type_name -> countersign.node.v1.Watch.EntryRef
+	19, // 15: countersign.node.v1.Ack.Use.until:type_name -> google.protobuf.Timestamp
+	18, // 16: countersign.node.v1.State.Bundles.own:type_name -> countersign.workload.v1.Bundle
+	18, // 17: countersign.node.v1.State.Bundles.federated:type_name -> countersign.workload.v1.Bundle
+	0,  // 18: countersign.node.v1.Node.Attest:input_type -> countersign.node.v1.AttestRequest
+	2,  // 19: countersign.node.v1.Node.Renew:input_type -> countersign.node.v1.RenewRequest
+	4,  // 20: countersign.node.v1.Node.Sync:input_type -> countersign.node.v1.SyncRequest
+	1,  // 21: countersign.node.v1.Node.Attest:output_type -> countersign.node.v1.AttestResponse
+	3,  // 22: countersign.node.v1.Node.Renew:output_type -> countersign.node.v1.AgentSVID
+	8,  // 23: countersign.node.v1.Node.Sync:output_type -> countersign.node.v1.SyncResponse
+	21, // [21:24] is the sub-list for method output_type
+	18, // [18:21] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_api_node_v1_node_proto_init() }
@@ -1290,7 +1390,7 @@ func file_api_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_v1_node_proto_rawDesc), len(file_api_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

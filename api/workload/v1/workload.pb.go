@@ -672,6 +672,7 @@ type Bundle struct {
 	RefreshHintSeconds int64                  `protobuf:"varint,3,opt,name=refresh_hint_seconds,json=refreshHintSeconds,proto3" json:"refresh_hint_seconds,omitempty"`
 	X509Authorities    [][]byte               `protobuf:"bytes,4,rep,name=x509_authorities,json=x509Authorities,proto3" json:"x509_authorities,omitempty"` // DER
 	JwtAuthorities     []*JWTKey              `protobuf:"bytes,5,rep,name=jwt_authorities,json=jwtAuthorities,proto3" json:"jwt_authorities,omitempty"`
+	Ending             []*Bundle_Ending       `protobuf:"bytes,6,rep,name=ending,proto3" json:"ending,omitempty"` // only of the own trust domain, between its own parts
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -741,6 +742,13 @@ func (x *Bundle) GetJwtAuthorities() []*JWTKey {
 	return nil
 }
 
+func (x *Bundle) GetEnding() []*Bundle_Ending {
+	if x != nil {
+		return x.Ending
+	}
+	return nil
+}
+
 type JWTKey struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kid           string                 `protobuf:"bytes,1,opt,name=kid,proto3" json:"kid,omitempty"`
@@ -791,6 +799,67 @@ func (x *JWTKey) GetPublicKey() []byte {
 		return x.PublicKey
 	}
 	return nil
+}
+
+// Ending is an authority that is still trusted and signs no longer.
+type Bundle_Ending struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                              // of x509 the subject key ID, in hex; of jwt the kid
+	Tainted       bool                   `protobuf:"varint,2,opt,name=tainted,proto3" json:"tainted,omitempty"`                   // what it signed is to be replaced at once
+	SpreadMs      int64                  `protobuf:"varint,3,opt,name=spread_ms,json=spreadMs,proto3" json:"spread_ms,omitempty"` // within so long, so that nothing falls over
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Bundle_Ending) Reset() {
+	*x = Bundle_Ending{}
+	mi := &file_api_workload_v1_workload_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Bundle_Ending) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Bundle_Ending) ProtoMessage() {}
+
+func (x *Bundle_Ending) ProtoReflect() protoreflect.Message {
+	mi := &file_api_workload_v1_workload_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Bundle_Ending.ProtoReflect.Descriptor instead.
+func (*Bundle_Ending) Descriptor() ([]byte, []int) {
+	return file_api_workload_v1_workload_proto_rawDescGZIP(), []int{10, 0}
+}
+
+func (x *Bundle_Ending) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Bundle_Ending) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
+}
+
+func (x *Bundle_Ending) GetSpreadMs() int64 {
+	if x != nil {
+		return x.SpreadMs
+	}
+	return 0
 }
 
 var File_api_workload_v1_workload_proto protoreflect.FileDescriptor
@@ -846,13 +915,18 @@ const file_api_workload_v1_workload_proto_rawDesc = "" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x127\n" +
 	"\tissued_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bissuedAt\x129\n" +
 	"\n" +
-	"expires_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\xee\x01\n" +
+	"expires_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\xff\x02\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x120\n" +
 	"\x14refresh_hint_seconds\x18\x03 \x01(\x03R\x12refreshHintSeconds\x12)\n" +
 	"\x10x509_authorities\x18\x04 \x03(\fR\x0fx509Authorities\x12H\n" +
-	"\x0fjwt_authorities\x18\x05 \x03(\v2\x1f.countersign.workload.v1.JWTKeyR\x0ejwtAuthorities\"9\n" +
+	"\x0fjwt_authorities\x18\x05 \x03(\v2\x1f.countersign.workload.v1.JWTKeyR\x0ejwtAuthorities\x12>\n" +
+	"\x06ending\x18\x06 \x03(\v2&.countersign.workload.v1.Bundle.EndingR\x06ending\x1aO\n" +
+	"\x06Ending\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\atainted\x18\x02 \x01(\bR\atainted\x12\x1b\n" +
+	"\tspread_ms\x18\x03 \x01(\x03R\bspreadMs\"9\n" +
 	"\x06JWTKey\x12\x10\n" +
 	"\x03kid\x18\x01 \x01(\tR\x03kid\x12\x1d\n" +
 	"\n" +
@@ -873,7 +947,7 @@ func file_api_workload_v1_workload_proto_rawDescGZIP() []byte {
 	return file_api_workload_v1_workload_proto_rawDescData
 }
 
-var file_api_workload_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_api_workload_v1_workload_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_api_workload_v1_workload_proto_goTypes = []any{
 	(*Evidence)(nil),              // 0: countersign.workload.v1.Evidence
 	(*IssueX509Request)(nil),      // 1: countersign.workload.v1.IssueX509Request
@@ -887,7 +961,8 @@ var file_api_workload_v1_workload_proto_goTypes = []any{
 	(*JWTSVID)(nil),               // 9: countersign.workload.v1.JWTSVID
 	(*Bundle)(nil),                // 10: countersign.workload.v1.Bundle
 	(*JWTKey)(nil),                // 11: countersign.workload.v1.JWTKey
-	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
+	(*Bundle_Ending)(nil),         // 12: countersign.workload.v1.Bundle.Ending
+	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
 }
 var file_api_workload_v1_workload_proto_depIdxs = []int32{
 	2,  // 0: countersign.workload.v1.IssueX509Request.requests:type_name -> countersign.workload.v1.X509Request
@@ -896,23 +971,24 @@ var file_api_workload_v1_workload_proto_depIdxs = []int32{
 	10, // 3: countersign.workload.v1.IssueX509Response.bundle:type_name -> countersign.workload.v1.Bundle
 	5,  // 4: countersign.workload.v1.X509Result.error:type_name -> countersign.workload.v1.Error
 	6,  // 5: countersign.workload.v1.X509Result.svids:type_name -> countersign.workload.v1.X509SVID
-	12, // 6: countersign.workload.v1.X509SVID.not_before:type_name -> google.protobuf.Timestamp
-	12, // 7: countersign.workload.v1.X509SVID.not_after:type_name -> google.protobuf.Timestamp
+	13, // 6: countersign.workload.v1.X509SVID.not_before:type_name -> google.protobuf.Timestamp
+	13, // 7: countersign.workload.v1.X509SVID.not_after:type_name -> google.protobuf.Timestamp
 	0,  // 8: countersign.workload.v1.IssueJWTRequest.evidence:type_name -> countersign.workload.v1.Evidence
 	9,  // 9: countersign.workload.v1.IssueJWTResponse.svids:type_name -> countersign.workload.v1.JWTSVID
 	10, // 10: countersign.workload.v1.IssueJWTResponse.bundle:type_name -> countersign.workload.v1.Bundle
-	12, // 11: countersign.workload.v1.JWTSVID.issued_at:type_name -> google.protobuf.Timestamp
-	12, // 12: countersign.workload.v1.JWTSVID.expires_at:type_name -> google.protobuf.Timestamp
+	13, // 11: countersign.workload.v1.JWTSVID.issued_at:type_name -> google.protobuf.Timestamp
+	13, // 12: countersign.workload.v1.JWTSVID.expires_at:type_name -> google.protobuf.Timestamp
 	11, // 13: countersign.workload.v1.Bundle.jwt_authorities:type_name -> countersign.workload.v1.JWTKey
-	1,  // 14: countersign.workload.v1.Workload.IssueX509:input_type -> countersign.workload.v1.IssueX509Request
-	7,  // 15: countersign.workload.v1.Workload.IssueJWT:input_type -> countersign.workload.v1.IssueJWTRequest
-	3,  // 16: countersign.workload.v1.Workload.IssueX509:output_type -> countersign.workload.v1.IssueX509Response
-	8,  // 17: countersign.workload.v1.Workload.IssueJWT:output_type -> countersign.workload.v1.IssueJWTResponse
-	16, // [16:18] is the sub-list for method output_type
-	14, // [14:16] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	12, // 14: countersign.workload.v1.Bundle.ending:type_name -> countersign.workload.v1.Bundle.Ending
+	1,  // 15: countersign.workload.v1.Workload.IssueX509:input_type -> countersign.workload.v1.IssueX509Request
+	7,  // 16: countersign.workload.v1.Workload.IssueJWT:input_type -> countersign.workload.v1.IssueJWTRequest
+	3,  // 17: countersign.workload.v1.Workload.IssueX509:output_type -> countersign.workload.v1.IssueX509Response
+	8,  // 18: countersign.workload.v1.Workload.IssueJWT:output_type -> countersign.workload.v1.IssueJWTResponse
+	17, // [17:19] is the sub-list for method output_type
+	15, // [15:17] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_api_workload_v1_workload_proto_init() }
@@ -926,7 +1002,7 @@ func file_api_workload_v1_workload_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_workload_v1_workload_proto_rawDesc), len(file_api_workload_v1_workload_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
