@@ -47,7 +47,7 @@ type FederatedBundle struct {
 	RefreshHint time.Duration     `json:"refresh_hint,omitempty"` // 0: the partner gives none
 	X509        [][]byte          `json:"x509,omitempty"`         // DER, sorted
 	JWT         map[string][]byte `json:"jwt,omitempty"`          // kid -> PKIX DER
-	TakenAt     time.Time         `json:"taken_at"`               // when this content was pinned, or fetched for the first time
+	TakenAt     time.Time         `json:"taken_at,omitzero"`      // when this content was pinned, or fetched for the first time
 	Pinned      bool              `json:"pinned,omitempty"`       // by an operator, not fetched
 	Revision    uint64            `json:"revision,omitempty"`
 }

@@ -346,4 +346,6 @@ type Change struct {
 	Seal        bool // the seal's terms changed
 	Level       bool // what commands the members may propose changed
 	Rotation    bool // a rotation began, or moved on
+	// Federation is the trust domain of a relationship that was put or deleted, or whose bundle changed.
+	Federation string
 }

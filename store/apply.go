@@ -33,7 +33,9 @@ type change struct {
 	seal        []*identity.SealTerm // all of them
 	sealChanged bool
 
-	rotations []*identity.Rotation // all of them, when not nil
+	rotations        []*identity.Rotation // all of them, when not nil
+	putFederation    *identity.Federation
+	deleteFederation string
 
 	level uint32 // when not 0
 }

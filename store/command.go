@@ -49,6 +49,10 @@ const (
 	taintAuthority    = "taint_authority"
 	revokeAuthority   = "revoke_authority"
 	putRotation       = "put_rotation"
+
+	putFederation      = "put_federation"
+	deleteFederation   = "delete_federation"
+	putFederatedBundle = "put_federated_bundle"
 )
 
 // command is what follows the version byte.

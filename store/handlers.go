@@ -105,6 +105,12 @@ func handlerOfLevel2(typ string) (handler, bool) {
 		return handle(typ, level2, (*applier).revokeAuthority)
 	case putRotation:
 		return handle(typ, level2, (*applier).putRotation)
+	case putFederation:
+		return handle(typ, level2, (*applier).putFederation)
+	case deleteFederation:
+		return handle(typ, level2, (*applier).deleteFederation)
+	case putFederatedBundle:
+		return handle(typ, level2, (*applier).putFederatedBundle)
 	}
 	return handler{}, false
 }

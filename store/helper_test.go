@@ -167,6 +167,7 @@ func checkConsistent(t testing.TB, s *Store) {
 			{"authorities", values(have.authorities), values(v.authorities)}, {"members", values(have.members), values(v.members)},
 			{"level", have.level, v.level}, {"downstream entries", downstreamIDs(have), downstreamIDs(v)},
 			{"admin entries", adminIDs(have), adminIDs(v)},
+			{"federations", have.federations, v.federations},
 			{"foreign keys", values(have.foreign), values(v.foreign)}, {"seal terms", values(have.seal), values(v.seal)},
 		} {
 			if !reflect.DeepEqual(c.have, c.want) {

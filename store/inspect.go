@@ -30,6 +30,7 @@ type Summary struct {
 	Members      int
 	SealTerms    int
 	Foreign      int
+	Federations  int
 }
 
 // Inspect reads a snapshot to its end and verifies it, in memory that does not grow with it; an error names the byte. Two things
@@ -174,6 +175,12 @@ func (s *summarizer) add(k kind, key string, value []byte) (any, error) {
 		revision = r.Revision
 	case *identity.Rotation:
 		revision = r.Revision
+	case *identity.Federation:
+		s.Federations++
+		revision = r.Revision
+		if r.Bundle != nil {
+			revision = max(revision, r.Bundle.Revision)
+		}
 	}
 	if revision > s.Revision {
 		return nil, fmt.Errorf("a record of revision %d in a state of revision %d", revision, s.Revision)

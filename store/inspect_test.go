@@ -43,9 +43,9 @@ func TestInspect(t *testing.T) {
 	want := Summary{
 		TrustDomain: "example.org", Revision: s.Revision(), Sequence: s.Bundle().Sequence, Level: 2, Bytes: int64(len(raw)),
 		Entries: len(entries), KubeClusters: len(s.KubeClusters()), JoinTokens: got.JoinTokens, Agents: len(agents), Banned: banned, Authorities: len(s.Authorities()),
-		Members: len(s.Members()), SealTerms: len(s.SealTerms()), Foreign: len(s.Foreign()),
+		Members: len(s.Members()), SealTerms: len(s.SealTerms()), Foreign: len(s.Foreign()), Federations: len(s.Federations()),
 	}
-	if got != want || got.JoinTokens == 0 || got.SealTerms == 0 || got.Agents == 0 {
+	if got != want || got.JoinTokens == 0 || got.SealTerms == 0 || got.Agents == 0 || got.Federations == 0 {
 		t.Errorf("got %+v\nwant %+v", got, want)
 	}
 	empty := openAt(t, stateDir(t))

@@ -99,6 +99,9 @@ func TestBelowLevel2(t *testing.T) {
 		"activate":          w.ActivateAuthority(ctx, now, identity.AuthorityX509, "x1", false),
 		"drop":              w.DropAuthority(ctx, now, identity.AuthorityX509, "x1"),
 		"foreign":           w.PutForeign(ctx, identity.Foreign{Source: identity.SourceUpstream}),
+		"federation":        errOf(w.PutFederation(ctx, now, partnerFederation("partner.org"), false, 0)),
+		"delete federation": w.DeleteFederation(ctx, "partner.org"),
+		"federated bundle":  w.PutFederatedBundle(ctx, now, "partner.org", 0, identity.FederatedBundle{}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			wantErr(t, err, identity.ErrPrecondition, "until every member runs this version", "countersign cluster status")
@@ -115,7 +118,8 @@ func TestBelowLevel2(t *testing.T) {
 		admitAgent: admitAgentData{Hash: hashOf("t"), Agent: agent("a")}, putSealTerm: putSealTermData{Number: 1, KeyID: hashOf("k")[:16]},
 		ackSealTerm: ackSealTermData{Number: 1}, activateSealTerm: sealTermData{1}, dropSealTerm: sealTermData{1},
 		resealAuthority: resealData{}, prepareAuthority: prepared, activateAuthority: authorityData{}, dropAuthority: authorityData{},
-		putForeign: identity.Foreign{Source: "upstream", JWT: []identity.JWTKey{{ID: "k"}}},
+		putForeign: identity.Foreign{Source: "upstream", JWT: []identity.JWTKey{{ID: "k"}}}, putFederation: putFederationData{Federation: partnerFederation("partner.org")},
+		deleteFederation: keyData{"partner.org"}, putFederatedBundle: putFederatedBundleData{TrustDomain: "partner.org"},
 	} {
 		cmd, err := encodeCommand(typ, now, data)
 		if err != nil {
@@ -159,9 +163,10 @@ func TestSnapshotNeedsItsLevel(t *testing.T) {
 	entry := record{kindEntry, "a", `{"created":1,"id":"a","selectors":["k8s:ns:x"],"spiffe_id":"spiffe://example.org/a","downstream":true}`}
 	term := record{kindSealTerm, "0000000001", `{"number":1,"key_id":"AAAAAAAAAAAAAAAAAAAAAA==","state":"active","created_at":"2026-01-01T00:00:00Z"}`}
 	foreign := record{kindForeign, "upstream", `{"source":"upstream"}`}
+	federation := record{kindFederation, "partner.org", `{"trust_domain":"partner.org","url":"https://partner.org","profile":"https_web"}`}
 	authority := record{kindAuthority, "jwt/a", `{"id":"a","kind":"jwt","state":"active","public_key":"","sealed_key":null,"not_before":"2026-01-01T00:00:00Z","not_after":"2026-01-01T00:00:00Z","key_uri":"x"}`}
 	level := record{kindCluster, clusterKey, `{"level":2}`}
-	for i, r := range []record{entry, authority, term, foreign} {
+	for i, r := range []record{entry, authority, term, foreign, federation} {
 		s := openAt(t, stateDir(t))
 		wantErr(t, s.Restore(bytes.NewReader(writeSnapshot(r))), identity.ErrInvalid, "level 1", "level 2 brought")
 		both := []record{r, level}
@@ -179,6 +184,8 @@ func TestSnapshotNeedsItsLevel(t *testing.T) {
 		"term's key":            {kindSealTerm, "1", term.value},
 		"term's key ID":         {kindSealTerm, "0000000001", `{"number":1,"key_id":"AAAA","state":"active","created_at":"2026-01-01T00:00:00Z"}`},
 		"source":                {kindForeign, "downstream", foreign.value},
+		"federation's key":      {kindFederation, "other.org", federation.value},
+		"federation's name":     {kindFederation, "Partner/Org", strings.ReplaceAll(federation.value, "partner.org", "Partner/Org")},
 	} {
 		records := []record{level, bad}
 		if bad.kind == kindCluster {

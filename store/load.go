@@ -92,6 +92,9 @@ func (c *recordChecker) decode(k kind, key string, value []byte) (any, error) {
 	case kindRotation:
 		c.needed = max(c.needed, level2)
 		return decodeRecord(key, value, func(r *identity.Rotation) (string, error) { return string(r.Kind), r.Check() })
+	case kindFederation:
+		c.needed = max(c.needed, level2)
+		return decodeRecord(key, value, func(r *identity.Federation) (string, error) { return r.TrustDomain, checkFederationRecord(r) })
 	}
 	return nil, fmt.Errorf("unknown kind of record %d: it may be a newer version's", k)
 }

@@ -115,7 +115,25 @@ func (l *randomLog) level1() {
 func (l *randomLog) level2() {
 	// Terms get somewhere only if the numbers are near each other; they grow with the log.
 	term := 1 + uint32(l.index)/600 + uint32(l.rnd.IntN(2))
-	switch l.rnd.IntN(14) {
+	switch l.rnd.IntN(18) {
+	case 14, 15:
+		f := partnerFederation([]string{"a.org", "b.org", "c.org", "example.org"}[l.rnd.IntN(13)/4])
+		if l.yes() {
+			f.Bundle = &identity.FederatedBundle{Sequence: uint64(l.rnd.IntN(9)), X509: [][]byte{[]byte(l.id("root"))}}
+		}
+		l.add(putFederation, putFederationData{Federation: f, Replace: l.yes(), IfRevision: uint64(l.rnd.IntN(3)/2) * l.index / 2})
+	case 16:
+		l.add(deleteFederation, keyData{[]string{"c.org", "c.org", "d.org", "a.org"}[l.rnd.IntN(7)/2]})
+	case 17:
+		b := identity.FederatedBundle{Sequence: uint64(l.rnd.IntN(20)), X509: [][]byte{[]byte(l.id("root"))}, JWT: map[string][]byte{l.few("k"): []byte("key"), l.few("k"): []byte("key")}}
+		d := putFederatedBundleData{TrustDomain: "a.org", Bundle: b}
+		for i := len(l.out) - 1; i >= 0 && d.Of == 0; i-- { // most often the newest relationship there is
+			var f putFederationData
+			if c, err := decodeCommand(l.out[i].Data); err == nil && c.Type == putFederation && decodeStrict(c.Data, &f) == nil && l.rnd.IntN(4) > 0 {
+				d.TrustDomain, d.Of = f.Federation.TrustDomain, l.out[i].Index
+			}
+		}
+		l.add(putFederatedBundle, d)
 	case 0:
 		l.add(setLevel, setLevelData{1 + uint32(l.rnd.IntN(1+min(1, len(l.out)/500)))})
 	case 1:

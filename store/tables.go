@@ -39,6 +39,7 @@ const (
 	kindSealTerm
 	kindForeign
 	kindRotation
+	kindFederation
 )
 
 // bucket is where the kind's records are, by the key that the loader's check returns for each.
@@ -64,13 +65,15 @@ func (k kind) bucket() []byte {
 		return []byte("foreign")
 	case kindRotation:
 		return []byte("rotations")
+	case kindFederation:
+		return []byte("federations")
 	}
 	return nil
 }
 
 // kinds are those of the tables, whose contents are the state, in the order of snapshots.
 func kinds() []kind {
-	return []kind{kindEntry, kindKubeCluster, kindJoinToken, kindAgent, kindAuthority, kindMember, kindCluster, kindSealTerm, kindForeign, kindRotation}
+	return []kind{kindEntry, kindKubeCluster, kindJoinToken, kindAgent, kindAuthority, kindMember, kindCluster, kindSealTerm, kindForeign, kindRotation, kindFederation}
 }
 
 // The buckets that follow from the tables, and so are not in snapshots.

@@ -27,6 +27,8 @@ type view struct {
 	members []*identity.Member
 	seal    []*identity.SealTerm
 	rotate  []*identity.Rotation
+
+	federations map[string]*federation // by trust domain
 }
 
 type kubeNode struct{ cluster, name string }
@@ -36,7 +38,7 @@ func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	v := &view{
 		revision: t.counter(metaApplied), entries: make(map[string]*entryRecord), index: newMatchIndex(),
 		agents: make(map[string]*identity.Agent), bannedNodes: make(map[kubeNode]struct{}), kube: make(map[string]*identity.KubeCluster),
-		downstream: make(map[string][]*entryRecord), admins: make(map[string][]*identity.Entry),
+		downstream: make(map[string][]*entryRecord), admins: make(map[string][]*identity.Entry), federations: make(map[string]*federation),
 	}
 	var err error
 	if v.level, err = t.level(); err != nil {
@@ -72,7 +74,13 @@ func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	if v.seal, err = all[identity.SealTerm](t, kindSealTerm); err != nil {
 		return nil, err
 	}
-	v.rotate, err = all[identity.Rotation](t, kindRotation)
+	if v.rotate, err = all[identity.Rotation](t, kindRotation); err != nil {
+		return nil, err
+	}
+	federations, err := all[identity.Federation](t, kindFederation)
+	for _, f := range federations {
+		v.federations[f.TrustDomain] = newFederation(f)
+	}
 	return v, err
 }
 
@@ -145,6 +153,12 @@ func (v *view) apply(c change) identity.Change {
 	case c.deleteKube != "":
 		out.KubeCluster = c.deleteKube
 		delete(v.kube, c.deleteKube)
+	case c.putFederation != nil:
+		out.Federation = c.putFederation.TrustDomain
+		v.federations[c.putFederation.TrustDomain] = newFederation(c.putFederation)
+	case c.deleteFederation != "":
+		out.Federation = c.deleteFederation
+		delete(v.federations, c.deleteFederation)
 	case c.level != 0:
 		v.level, v.vouched = c.level, c.vouched
 	case c.vouched != nil:
