@@ -51,7 +51,7 @@ func Direct(ctx context.Context, cfg DirectConfig) (*identity.Update, error) {
 			res, err := takeResult(nil, resp.Results[0], nil, 0, key, time.Time{})
 			return errors.Join(err, res.err)
 		}
-		t, err := trustFromAnswer(resp.Bundle, seen.trustDomain())
+		t, err := trustFromAnswer(resp.Bundle, seen.trustDomain(), resp.Federated...)
 		if err != nil {
 			return err
 		}
@@ -99,12 +99,18 @@ func DirectJWT(ctx context.Context, cfg DirectConfig, audience []string, id spif
 
 // trustFromAnswer takes the bundle in an answer to a caller without a certificate. It came from a member that the pin or the
 // given bundle vouched for.
-func trustFromAnswer(b *workloadv1.Bundle, td spiffeid.TrustDomain) (*trust, error) {
+func trustFromAnswer(b *workloadv1.Bundle, td spiffeid.TrustDomain, federated ...*workloadv1.Bundle) (*trust, error) {
 	own, err := api.BundleFromWire(b)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errAnswer, err)
 	}
-	t, err := newTrust(nil, td, own, nil)
+	others := make([]*identity.Bundle, len(federated))
+	for i, f := range federated {
+		if others[i], err = api.BundleFromWire(f); err != nil {
+			return nil, fmt.Errorf("%w: %w", errAnswer, err)
+		}
+	}
+	t, err := newTrust(nil, td, own, others)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errAnswer, err)
 	}

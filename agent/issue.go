@@ -161,6 +161,9 @@ func (a *Agent) issueAt(ctx context.Context, s *session, batch []*issueRequest) 
 	if len(resp.Results) != len(batch) {
 		return nil, fmt.Errorf("asking for X.509-SVIDs: %w: %d results for %d requests", errAnswer, len(resp.Results), len(batch))
 	}
+	if err := a.addFederated(resp.Federated); err != nil {
+		return nil, fmt.Errorf("asking for X.509-SVIDs: %w", err)
+	}
 	t, now := a.trust.Load(), time.Now()
 	issuer := a.cache.intern(resp.IssuerChain)
 	out := make([]issued, len(batch))

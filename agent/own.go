@@ -266,6 +266,33 @@ func (a *Agent) takeBundles(own *workloadv1.Bundle, federated []*workloadv1.Bund
 	return b.Sequence < t.own.Sequence, nil
 }
 
+// addFederated takes up bundles that came with SVIDs, before the stream has them: those that the agent has already stay as they
+// are, for the stream's word is newer or will be.
+func (a *Agent) addFederated(more []*workloadv1.Bundle) error {
+	if len(more) == 0 {
+		return nil
+	}
+	a.trustMu.Lock()
+	defer a.trustMu.Unlock()
+	old := a.trust.Load()
+	all := old.federated()
+	for _, w := range more {
+		b, err := api.BundleFromWire(w)
+		if err != nil {
+			return fmt.Errorf("%w: %w", errAnswer, err)
+		}
+		if old.all[b.TrustDomain] == nil {
+			all = append(all, b)
+		}
+	}
+	t, err := newTrust(old, old.td, old.own, all)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errAnswer, err)
+	}
+	a.setTrust(t)
+	return nil
+}
+
 // renewOwn gets a new SVID for the agent's own ID over the session.
 func (a *Agent) renewOwn(ctx context.Context, s *session) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)

@@ -35,6 +35,9 @@ const (
 	RotationChange  Action = "rotation.change"
 	MemberChange    Action = "member.change"
 	SealChange      Action = "seal.change"
+
+	FederationTake   Action = "federation.take"   // a bundle that was fetched, before it is kept
+	FederationChange Action = "federation.change" // a relationship, or its bundle, as every member sees it
 )
 
 // What the log records of itself.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 	"unicode"
@@ -53,12 +54,12 @@ func NewClient(cfg ClientConfig) *Client {
 // ID that the newest bundle here verifies, wherever a redirect leads (SPIFFE Federation, section 5.2). The errors wrap
 // identity.ErrUnavailable, or ErrInvalid for what the endpoint answered, or ErrUnauthenticated for who did.
 func (c *Client) Fetch(ctx context.Context, f identity.Federation) (*identity.Bundle, error) {
-	td, err := spiffeid.TrustDomainFromString(f.TrustDomain)
-	if err == nil {
-		err = identity.CheckFederation(spiffeid.TrustDomain{}, &f)
-	}
-	if err != nil {
+	if err := identity.CheckFederation(spiffeid.TrustDomain{}, &f); err != nil {
 		return nil, err
+	}
+	td, err := spiffeid.TrustDomainFromString(f.TrustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("%w: trust domain: %w", identity.ErrInvalid, err)
 	}
 	conf, who, err := c.tls(td, &f)
 	if err != nil {
@@ -76,7 +77,7 @@ func (c *Client) Fetch(ctx context.Context, f identity.Federation) (*identity.Bu
 	return Parse(td, raw)
 }
 
-func (c *Client) get(ctx context.Context, url string, conf *tls.Config) ([]byte, error) {
+func (c *Client) get(ctx context.Context, from string, conf *tls.Config) ([]byte, error) {
 	t := &http.Transport{
 		Proxy: http.ProxyFromEnvironment, DialContext: c.cfg.Dial, TLSClientConfig: conf, DisableKeepAlives: true,
 		DisableCompression:  true, // a few KiB of it would be gigabytes
@@ -93,7 +94,7 @@ func (c *Client) get(ctx context.Context, url string, conf *tls.Config) ([]byte,
 		}
 		return nil
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, from, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", identity.ErrInvalid, plain(err))
 	}
@@ -108,6 +109,9 @@ func (c *Client) get(ctx context.Context, url string, conf *tls.Config) ([]byte,
 		return nil, fmt.Errorf("%w: the endpoint answers %d %s", identity.ErrUnavailable, resp.StatusCode, http.StatusText(resp.StatusCode))
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxDocument+1))
+	if err == nil {
+		err = ctx.Err() // the connection that is closed then may seem to end well
+	}
 	if err != nil {
 		return nil, fmt.Errorf("reading the document: %w", unanswered(err))
 	}
@@ -117,8 +121,13 @@ func (c *Client) get(ctx context.Context, url string, conf *tls.Config) ([]byte,
 	return raw, nil
 }
 
-// unanswered keeps the sentinel of what this package refused; all else may be better the next time.
+// unanswered keeps the sentinel of what this package refused; all else may be better the next time. The URL, which may be one
+// that a redirect made up, with a password in it, is not repeated.
 func unanswered(err error) error {
+	var of *url.Error
+	if errors.As(err, &of) {
+		err = of.Err
+	}
 	if errors.Is(err, identity.ErrInvalid) || errors.Is(err, identity.ErrUnauthenticated) {
 		return err
 	}

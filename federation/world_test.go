@@ -9,6 +9,8 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"io"
+	"log"
 	"log/slog"
 	"math/big"
 	"net"
@@ -159,11 +161,24 @@ func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 // serve runs a public port with a handler; it returns its URL.
 func (p *partner) serve(cert *tls.Certificate, path string, h http.Handler) string {
 	p.t.Helper()
+	return p.serveAt(func() (*certificate, error) { return cert, nil }, path, h)
+}
+
+type certificate = tls.Certificate
+
+// serveWith asks for the certificate at each handshake.
+func (p *partner) serveWith(cert func() (*certificate, error), h http.Handler) string {
+	p.t.Helper()
+	return p.serveAt(cert, "/bundle", h)
+}
+
+func (p *partner) serveAt(cert func() (*certificate, error), path string, h http.Handler) string {
+	p.t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	pub, err := NewPublic(PublicConfig{TCP: l, Certificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert, nil }, Log: quiet()})
+	pub, err := NewPublic(PublicConfig{TCP: l, Certificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert() }, Log: quiet()})
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -184,3 +199,5 @@ func (p *partner) serve(cert *tls.Certificate, path string, h http.Handler) stri
 func (p *partner) endpoint(hint time.Duration) http.Handler {
 	return NewEndpoint(EndpointConfig{Bundle: p.bundle, RefreshHint: hint, Log: quiet()})
 }
+
+func discardLog() *log.Logger { return log.New(io.Discard, "", 0) }

@@ -66,6 +66,16 @@ func (b *FederatedBundle) SameKeys(o *FederatedBundle) bool {
 	return slices.EqualFunc(b.X509, o.X509, bytes.Equal) && maps.EqualFunc(b.JWT, o.JWT, bytes.Equal)
 }
 
+// CheckNext refuses a bundle that is older than the last one: an endpoint that lags, or somebody who replays an answer, must not
+// bring back what the partner has revoked.
+func (f *Federation) CheckNext(next uint64) error {
+	if f.Bundle == nil || next >= f.Bundle.Sequence {
+		return nil
+	}
+	return fmt.Errorf("%w: the bundle of %q went back from sequence %d to %d: if %q was set up anew, pin its new bundle (countersign federation update %s --bundle-file, or --invite)",
+		ErrPrecondition, f.TrustDomain, f.Bundle.Sequence, next, f.TrustDomain, f.TrustDomain)
+}
+
 // FederationStatus is how the refreshing of a relationship stands, in the memory of the member that leads.
 type FederationStatus struct {
 	LastAttempt, LastSuccess, NextRefresh time.Time

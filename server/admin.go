@@ -193,7 +193,7 @@ func (s adminService) CreateEntry(ctx context.Context, req *adminv1.Entry) (*adm
 		return nil, fmt.Errorf("creating the entry: %w", err)
 	}
 	s.cfg.Log.Info("entry created", "entry", kept.ID, "spiffe_id", kept.SPIFFEID, "selectors", kept.Selectors)
-	return api.EntryToWire(&kept), nil
+	return s.entryToWire(&kept), nil
 }
 
 // UpdateEntry replaces an entry.
@@ -210,7 +210,14 @@ func (s adminService) UpdateEntry(ctx context.Context, req *adminv1.Entry) (*adm
 		return nil, fmt.Errorf("updating entry %q: %w", req.Id, err)
 	}
 	s.cfg.Log.Info("entry updated", "entry", kept.ID, "spiffe_id", kept.SPIFFEID, "selectors", kept.Selectors)
-	return api.EntryToWire(&kept), nil
+	return s.entryToWire(&kept), nil
+}
+
+// entryToWire says as well what of an entry has no effect: it may come to have one, so it is no fault.
+func (s *Server) entryToWire(e *identity.Entry) *adminv1.Entry {
+	out := api.EntryToWire(e)
+	out.Warnings = s.unfederated(e)
+	return out
 }
 
 func (s *Server) entryFromWire(req *adminv1.Entry) (*identity.Entry, error) {
@@ -242,7 +249,7 @@ func (s adminService) GetEntry(_ context.Context, req *adminv1.NameRequest) (*ad
 	if !ok {
 		return nil, fmt.Errorf("%w: entry %q", identity.ErrNotFound, req.Name)
 	}
-	return api.EntryToWire(e), nil
+	return s.entryToWire(e), nil
 }
 
 // ListEntries lists entries by ID.

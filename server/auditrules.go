@@ -60,6 +60,10 @@ func auditRuleFor(method string) (auditRule, bool) {
 		return auditRule{action: audit.ReportUses, mode: auditWalk}, true // it decides nothing: only refusals are recorded
 	case memberv1.Member_Keyring_FullMethodName:
 		return auditRule{action: audit.GiveKeyring, mode: auditWalk}, true
+	case memberv1.Refreshing_State_FullMethodName:
+		return auditRule{action: audit.Call, mode: auditNever}, true // it is shown by admin.list_federations, which is recorded
+	case memberv1.Refreshing_Refresh_FullMethodName:
+		return auditRule{action: "member.refresh_federation", mode: auditRead, on: federationSubject}, true
 	case downstreamv1.Downstream_Sign_FullMethodName:
 		return auditRule{action: audit.IssueDownstream, mode: auditWalk}, true
 	case downstreamv1.Downstream_Sync_FullMethodName:
@@ -150,6 +154,28 @@ func trustAuditRule(method string) (auditRule, bool) {
 		return auditRule{action: "admin.taint_authority", mode: auditChange, on: kindOn, with: rotateDetails}, true
 	case adminv1.Trust_RevokeAuthority_FullMethodName:
 		return auditRule{action: "admin.revoke_authority", mode: auditChange, on: kindOn, with: rotateDetails}, true
+	}
+	return federationAuditRule(method)
+}
+
+func federationAuditRule(method string) (auditRule, bool) {
+	switch method {
+	case adminv1.Federation_CreateFederation_FullMethodName:
+		return auditRule{action: "admin.create_federation", mode: auditChange, on: federationSubject, with: federationDetails}, true
+	case adminv1.Federation_UpdateFederation_FullMethodName:
+		return auditRule{action: "admin.update_federation", mode: auditChange, on: federationSubject, with: federationDetails}, true
+	case adminv1.Federation_DeleteFederation_FullMethodName:
+		return auditRule{action: "admin.delete_federation", mode: auditChange, on: federationSubject, with: func(req any) audit.Details {
+			return audit.Details{{Key: "dry_run", Value: strconv.FormatBool(req.(*adminv1.DeleteFederationRequest).DryRun)}}
+		}}, true
+	case adminv1.Federation_ListFederations_FullMethodName:
+		return auditRule{action: "admin.list_federations", mode: auditRead}, true
+	case adminv1.Federation_GetFederation_FullMethodName:
+		return auditRule{action: "admin.get_federation", mode: auditRead, on: named}, true
+	case adminv1.Federation_RefreshFederation_FullMethodName:
+		return auditRule{action: "admin.refresh_federation", mode: auditChange, on: named}, true
+	case adminv1.Federation_DescribeEndpoint_FullMethodName:
+		return auditRule{action: "admin.describe_endpoint", mode: auditRead}, true
 	}
 	return auditRule{}, false
 }

@@ -166,7 +166,10 @@ func (s *Server) readBarrier(ctx context.Context, method string) error {
 		adminv1.Admin_GetAgent_FullMethodName,
 		adminv1.Admin_GetBundle_FullMethodName,
 		adminv1.Admin_ListAuthorities_FullMethodName,
-		adminv1.Admin_SealStatus_FullMethodName:
+		adminv1.Admin_SealStatus_FullMethodName,
+		adminv1.Federation_ListFederations_FullMethodName,
+		adminv1.Federation_GetFederation_FullMethodName,
+		adminv1.Federation_DescribeEndpoint_FullMethodName:
 		if wantsStale(ctx) {
 			return nil
 		}
@@ -174,7 +177,11 @@ func (s *Server) readBarrier(ctx context.Context, method string) error {
 			return fmt.Errorf("asking the leader whether this member knows all (--stale shows what it knows): %w", err)
 		}
 	case adminv1.Admin_CreateToken_FullMethodName,
-		adminv1.Admin_AddKubeCluster_FullMethodName:
+		adminv1.Admin_AddKubeCluster_FullMethodName,
+		adminv1.Federation_CreateFederation_FullMethodName,
+		adminv1.Federation_UpdateFederation_FullMethodName,
+		adminv1.Federation_DeleteFederation_FullMethodName,
+		adminv1.Federation_RefreshFederation_FullMethodName:
 		// These look at what is there before they write: what another member acknowledged a moment ago must be.
 		if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
 			return fmt.Errorf("asking the leader whether this member knows all: %w", err)

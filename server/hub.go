@@ -25,7 +25,9 @@ type hub struct {
 	holders  map[string]map[*watch]struct{} // by the ID of an entry that their SVIDs were issued by
 	expiries map[string]*expiry             // by the ID of an entry that will expire and is held
 	seen     map[string]time.Time           // when an agent was connected last that is not now, as far back as goneAfter
-	ended    error                          // set: no new session
+	// federating are the streams that get the bundle of a trust domain, see watch.federates
+	federating map[string]map[*session]struct{}
+	ended      error // set: no new session
 }
 
 // posting is the workloads that have a selector. Each selector's text is kept once, here.
@@ -41,8 +43,10 @@ type watch struct {
 	weight   int        // see weigh
 	postings []*posting // sorted by selector
 	held     []held     // sorted by ID
-	told     int        // how often in a row the agent was told and came back with something else than what matches
-	retry    *time.Timer
+	// federates are the trust domains that the matching entries federate with, sorted
+	federates []string
+	told      int // how often in a row the agent was told and came back with something else than what matches
+	retry     *time.Timer
 }
 
 // held is an entry, at a revision, that a workload's SVID was issued by.
@@ -73,7 +77,7 @@ func newHub(matching func([]identity.Selector) []*identity.Entry, now func() tim
 	return &hub{
 		matching: matching, now: now,
 		sessions: map[*session]struct{}{}, byAgent: map[string][]*session{}, postings: map[identity.Selector]*posting{},
-		holders: map[string]map[*watch]struct{}{}, expiries: map[string]*expiry{}, seen: map[string]time.Time{},
+		holders: map[string]map[*watch]struct{}{}, expiries: map[string]*expiry{}, federating: map[string]map[*session]struct{}{}, seen: map[string]time.Time{},
 	}
 }
 
@@ -136,6 +140,7 @@ func (h *hub) set(s *session, handle uint64, sel []identity.Selector, holds []he
 	w.held = slices.Compact(w.held)
 	if old := s.watches[handle]; old != nil {
 		w.told = old.told
+		w.federates, old.federates = old.federates, nil // no bundle is sent again for a workload that was issued anew
 		h.drop(old)
 	}
 	if len(s.watches) >= maxWatches || s.weight+w.weight > maxWeight {
@@ -218,6 +223,7 @@ func (h *hub) drop(w *watch) {
 	if w.retry != nil {
 		w.retry.Stop()
 	}
+	h.federate(w, nil)
 }
 
 // settled reports whether a workload holds exactly what matches now, and arranges for a second look when one of
@@ -228,6 +234,7 @@ func (h *hub) settled(w *watch) bool {
 		sel[i] = p.sel
 	}
 	entries := h.matching(sel)
+	h.federate(w, entries)
 	same := len(entries) == len(w.held)
 	for _, e := range entries {
 		i, ok := slices.BinarySearchFunc(w.held, e.ID, func(x held, id string) int { return cmp.Compare(x.id, id) })
@@ -279,6 +286,9 @@ func (h *hub) apply(changes []identity.Change) {
 			for s := range h.sessions {
 				s.refresh(c.Reset || c.Bundle, c.Reset || c.Members)
 			}
+		}
+		for s := range h.federating[c.Federation] {
+			s.refresh(true, false)
 		}
 		switch {
 		case c.Reset:

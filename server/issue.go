@@ -71,6 +71,7 @@ func (s workloadService) IssueX509(ctx context.Context, req *workloadv1.IssueX50
 			continue
 		}
 		resp.Results, resp.IssuerChain = results, chain
+		resp.Federated = s.federatedFor(who, results)
 		if who.kind == guest {
 			if e := results[0].Error; e != nil { // one request, and nobody who would look into results
 				return nil, reported{status.Error(codes.Code(e.Code), e.Message)}

@@ -28,6 +28,9 @@ func (s *Server) RunLeader(ctx context.Context) error {
 	if s.cfg.Sealing.on() {
 		wg.Go(func() { s.leadSeal(ctx) })
 	}
+	if s.cfg.Federation.on() {
+		wg.Go(func() { s.leadFederation(ctx) })
+	}
 	wg.Go(func() { _ = s.runUpstream(ctx) }) // it has no errors of its own
 	wg.Go(func() { s.leadRotations(ctx) })
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {

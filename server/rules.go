@@ -48,7 +48,9 @@ func ruleFor(method string) rule {
 		return rule{by: workload} // with a downstream entry, see downstreamEntry
 
 	case memberv1.Member_Keyring_FullMethodName,
-		memberv1.Member_Report_FullMethodName:
+		memberv1.Member_Report_FullMethodName,
+		memberv1.Refreshing_State_FullMethodName,
+		memberv1.Refreshing_Refresh_FullMethodName:
 		return rule{by: member} // on the list, see currentMember
 
 	case workloadv1.Workload_IssueX509_FullMethodName,
@@ -77,6 +79,9 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Admin_QueryAudit_FullMethodName, // who audits need not be able to change anything
 		adminv1.Trust_GetRotation_FullMethodName,
 		adminv1.Trust_WatchRotation_FullMethodName,
+		adminv1.Federation_ListFederations_FullMethodName,
+		adminv1.Federation_GetFederation_FullMethodName,
+		adminv1.Federation_DescribeEndpoint_FullMethodName,
 		"/grpc.health.v1.Health/List",
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":
@@ -89,6 +94,7 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Admin_BanAgent_FullMethodName,
 		adminv1.Admin_EvictAgent_FullMethodName,
 		adminv1.Admin_TransferLeader_FullMethodName,
+		adminv1.Federation_RefreshFederation_FullMethodName,
 		adminv1.Mint_MintX509_FullMethodName,
 		adminv1.Mint_MintJWT_FullMethodName:
 		return identity.AdminOperator
@@ -99,6 +105,9 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Admin_RewrapSeal_FullMethodName,
 		adminv1.Admin_RemoveMember_FullMethodName,
 		adminv1.Admin_SaveBackup_FullMethodName,
+		adminv1.Federation_CreateFederation_FullMethodName,
+		adminv1.Federation_UpdateFederation_FullMethodName,
+		adminv1.Federation_DeleteFederation_FullMethodName,
 		adminv1.Trust_Rotate_FullMethodName,
 		adminv1.Trust_ChangeRotation_FullMethodName,
 		adminv1.Trust_Rollback_FullMethodName,

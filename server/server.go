@@ -106,6 +106,8 @@ type Config struct {
 	// RootSettle is how long a new root must have been in the bundle before anything is signed below it; 0: twice the bundle's
 	// refresh hint.
 	RootSettle time.Duration
+	// Federation is with other trust domains; zero: none.
+	Federation Federation
 	// SealTerm tells the term that a sealed key was sealed under, for operators; nil: it is not told.
 	SealTerm func(sealed []byte) (uint32, bool)
 
@@ -162,6 +164,7 @@ func New(cfg Config) (*Server, error) {
 	orDefault(&cfg.JWTTTL, identity.DefaultJWTTL)
 	orDefault(&cfg.MaxStaleness, cfg.X509TTL)
 	orDefault(&cfg.AuthorityTTL, 365*24*time.Hour)
+	orDefault(&cfg.Federation.RefreshHint, identity.DefaultRefreshHint)
 	if cfg.JWTAlgorithm == "" {
 		cfg.JWTAlgorithm = "ES256"
 	}
@@ -195,12 +198,14 @@ func New(cfg Config) (*Server, error) {
 		nodev1.RegisterNodeServer(g, nodeService{Server: s})
 		workloadv1.RegisterWorkloadServer(g, workloadService{Server: s})
 		memberv1.RegisterMemberServer(g, memberService{Server: s})
+		memberv1.RegisterRefreshingServer(g, refreshingService{Server: s})
 		downstreamv1.RegisterDownstreamServer(g, downstreamService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
 	}
 	s.admins = s.newGRPC(handshaken{}, maxAgentMessage, 64, keepalive.ServerParameters{MaxConnectionIdle: time.Minute, Time: 30 * time.Second, Timeout: 10 * time.Second})
 	for _, g := range []*grpc.Server{s.admin, s.admins} {
 		adminv1.RegisterAdminServer(g, adminService{Server: s})
+		adminv1.RegisterFederationServer(g, federationService{Server: s})
 		adminv1.RegisterTrustServer(g, trustService{Server: s})
 		adminv1.RegisterMintServer(g, mintService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
@@ -239,7 +244,7 @@ func (c *Config) check() error {
 	need(c.Seal != nil && c.Open != nil && c.Keyring != nil && c.Keep != nil, "Seal, Open, Keyring or Keep")
 	need(c.Audit != nil, "Audit")
 	need(c.Log != nil, "Log")
-	errs = append(errs, c.Sealing.check(), c.checkAdmins())
+	errs = append(errs, c.Sealing.check(), c.checkAdmins(), c.Federation.check())
 	return errors.Join(errs...)
 }
 
@@ -346,8 +351,10 @@ func (s *Server) changed(changes []identity.Change) {
 	if reset || clusters { // a cluster may have taken the agents' account off its list
 		s.hub.endIf(s.agentGone)
 	}
+	s.federationChanged(changes)
 	s.hub.apply(changes)
 	s.noteChanges(changes)
+	s.noteFederations(changes)
 }
 
 // takeClusters gives the verifier the registered kube clusters.

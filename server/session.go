@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"countersign.io/countersign/identity"
 )
@@ -26,8 +27,12 @@ type session struct {
 	agentID, version string
 	watches          map[uint64]*watch // guarded by hub.mu
 	weight           int               // of watches; guarded by hub.mu
-	wake             chan struct{}     // has an element while there is mail
-	done             chan struct{}     // closed by end
+	// federates counts the workloads that federate with a trust domain; granted is until when one counts that was issued an SVID
+	// and is not among watches yet. Guarded by hub.mu.
+	federates map[string]int
+	granted   map[string]time.Time
+	wake      chan struct{} // has an element while there is mail
+	done      chan struct{} // closed by end
 
 	mu        sync.Mutex // guards what follows; never held over I/O; taken after hub.mu
 	mail      mail
@@ -35,6 +40,7 @@ type session struct {
 	ackedRev  uint64
 	ackedSeq  uint64
 	uses      uses
+	sent      []string // the trust domains whose bundles were sent last, sorted
 	doneClose sync.Once
 }
 
@@ -45,7 +51,7 @@ type mail struct {
 }
 
 func newSession(agentID, version string) *session {
-	s := &session{agentID: agentID, version: version, watches: map[uint64]*watch{}, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	s := &session{agentID: agentID, version: version, watches: map[uint64]*watch{}, federates: map[string]int{}, granted: map[string]time.Time{}, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	s.refresh(true, true) // the first message is the full state
 	return s
 }
@@ -124,6 +130,19 @@ func (s *session) acked() (revision, seq uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.ackedRev, s.ackedSeq
+}
+
+// nowSent notes whose bundles the stream has, apart from the own.
+func (s *session) nowSent(tds []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sent = tds
+}
+
+func (s *session) wasSent(td string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Contains(s.sent, td)
 }
 
 // handles lists a set of handles in order.

@@ -153,14 +153,20 @@ func (s *Server) push(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1
 		revision := s.cfg.State.Revision()
 		if m.bundles || m.members {
 			state := &nodev1.State{}
+			var with []string
 			if m.bundles {
 				state.Bundles = &nodev1.State_Bundles{Own: api.BundleToWire(s.cfg.State.Bundle())}
+				with = s.hub.federatedWith(sess)
+				state.Bundles.Federated, with = s.federatedToWire(with)
 			}
 			if m.members {
 				state.Members = &nodev1.State_Members{Addresses: s.addresses()}
 			}
 			if err := stream.Send(&nodev1.SyncResponse{Revision: revision, Message: &nodev1.SyncResponse_State{State: state}}); err != nil {
 				return err
+			}
+			if m.bundles {
+				sess.nowSent(with)
 			}
 		}
 		// What has ended is said first: it must not be asked for again.

@@ -129,10 +129,10 @@ func (a *applier) putFederatedBundle(d *putFederatedBundleData) (any, error) {
 		return nil, fmt.Errorf("%w: the federation with %q was changed while its bundle was fetched", identity.ErrPrecondition, d.TrustDomain)
 	}
 	b := &d.Bundle
+	if err := old.CheckNext(b.Sequence); err != nil {
+		return nil, err
+	}
 	if was := old.Bundle; was != nil {
-		if b.Sequence < was.Sequence {
-			return nil, backwards(d.TrustDomain, was.Sequence, b.Sequence)
-		}
 		b.TakenAt, b.Pinned, b.Revision = was.TakenAt, was.Pinned, was.Revision
 		if same(b, was) {
 			return old, nil
@@ -146,11 +146,6 @@ func (a *applier) putFederatedBundle(d *putFederatedBundleData) (any, error) {
 	}
 	a.changed(change{putFederation: &now})
 	return &now, nil
-}
-
-func backwards(td string, from, to uint64) error {
-	return fmt.Errorf("%w: the bundle of %q went back from sequence %d to %d: if %q was set up anew, pin its new bundle (countersign federation update %s --bundle-file)",
-		identity.ErrPrecondition, td, from, to, td, td)
 }
 
 // Federations returns the relationships, by trust domain.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"time"
 
@@ -35,7 +36,7 @@ type entryFlags struct {
 	x509, jwt, after time.Duration
 }
 
-func (f *entryFlags) add(cmd *cobra.Command) {
+func (f *entryFlags) add(a *admin, cmd *cobra.Command) {
 	f.e = &adminv1.Entry{}
 	p := cmd.Flags()
 	p.StringSliceVarP(&f.e.Selectors, "selector", "s", nil, "type:name:value that the workload must have (repeatable: all must match)")
@@ -50,6 +51,9 @@ func (f *entryFlags) add(cmd *cobra.Command) {
 	p.BoolVar(&f.e.Downstream, "downstream", false, "the identity is a CA cluster below this one: it may have an authority signed")
 	p.DurationVar(&f.after, "expires-in", 0, "the entry ends after this time")
 	_ = cmd.RegisterFlagCompletionFunc("admin-role", cobra.FixedCompletions([]string{"reader", "operator", "security"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("federates-with", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+		return a.completeFederations(cmd, nil, "")
+	})
 	_ = cmd.RegisterFlagCompletionFunc("selector", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		var out []string
 		for _, n := range identity.SelectorNames() {
@@ -86,11 +90,12 @@ func entryCreate(a *admin) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				warn(cmd, res)
 				return a.out.Print(cmd.OutOrStdout(), res, func() cli.Table { return entryTable(res) })
 			})
 		},
 	}
-	f.add(cmd)
+	f.add(a, cmd)
 	return cmd
 }
 
@@ -113,11 +118,12 @@ func entryUpdate(a *admin) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				warn(cmd, res)
 				return a.out.Print(cmd.OutOrStdout(), res, func() cli.Table { return entryTable(res) })
 			})
 		},
 	}
-	f.add(cmd)
+	f.add(a, cmd)
 	return cmd
 }
 
@@ -174,9 +180,17 @@ func entryShow(a *admin) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				warn(cmd, res)
 				return a.out.Print(cmd.OutOrStdout(), res, func() cli.Table { return entryTable(res) })
 			})
 		},
+	}
+}
+
+// warn says what of an entry has no effect yet, beside the answer, which a script may read.
+func warn(cmd *cobra.Command, e *adminv1.Entry) {
+	for _, w := range e.Warnings {
+		fmt.Fprintln(cmd.ErrOrStderr(), "warning:", w)
 	}
 }
 

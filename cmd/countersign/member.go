@@ -289,6 +289,10 @@ func (m *member) replicate(ctx context.Context) error {
 		return err
 	}
 	w := m.store.Writer(m.node)
+	fed, err := m.federation(w)
+	if err != nil {
+		return err
+	}
 	m.server, err = server.New(server.Config{
 		TrustDomain: m.td, MemberID: c.Name, Version: version, Level: store.Level,
 		Agents: m.port.Agents(), Guests: m.port.Guests(), Admins: m.port.Admins(), Admin: m.admin, AdminRoles: m.adminRoles(),
@@ -300,7 +304,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Upstream: up, Outside: m.store, Authorities: w, SealTerm: seal.TermOf,
 		IssuedUntil: m.issuedUntil(), KeepIssued: m.data.saveIssued,
 		Rotating: m.rotating(w), Reports: m.askReport, NewX509Key: m.newX509Key(),
-		Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
+		Federation: fed, Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
 		Audit: m.audit, Now: m.hooks.now, Log: m.log,

@@ -16,11 +16,14 @@ import (
 	"time"
 
 	"golang.org/x/crypto/acme/autocert"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 
 	"countersign.io/countersign/cmd/internal/cli"
 	"countersign.io/countersign/federation"
 	"countersign.io/countersign/identity"
 	"countersign.io/countersign/internal/durable"
+	"countersign.io/countersign/server"
 )
 
 // public are the ports that anybody may read.
@@ -232,3 +235,38 @@ func (d acmeFiles) Delete(_ context.Context, key string) error {
 
 // file has a name that leads nowhere else, whatever the key: host names come from the network.
 func (d acmeFiles) file(key string) string { return filepath.Join(string(d), url.QueryEscape(key)) }
+
+// federation is the trust of other trust domains as the server sees it.
+func (m *member) federation(w server.FederationWriter) (server.Federation, error) {
+	c := m.c
+	var roots *x509.CertPool
+	if file := c.Federation.WebCAFile; file != "" {
+		var err error
+		if roots, err = rootsIn("federation.web_ca_file", file); err != nil {
+			return server.Federation{}, err
+		}
+	}
+	client := federation.NewClient(federation.ClientConfig{WebRoots: roots, Now: m.hooks.now})
+	f := server.Federation{
+		FederationState: m.store, Writes: w, RefreshHint: c.Federation.RefreshHint, DialMember: m.dialMember,
+		Refresher: federation.NewRefresher(federation.RefresherConfig{Fetch: client.Fetch, Log: m.log}),
+	}
+	if c.Public.Listen != "" {
+		profile := identity.ProfileSPIFFE
+		if c.Public.TLS.CertFile != "" || c.Public.TLS.ACME != nil {
+			profile = identity.ProfileWeb
+		}
+		f.Endpoints = append(f.Endpoints, server.Endpoint{Profile: profile, URL: c.Public.URL + federation.EndpointPath})
+	}
+	if c.Public.SPIFFEListen != "" {
+		f.Endpoints = append(f.Endpoints, server.Endpoint{Profile: identity.ProfileSPIFFE, URL: c.Public.SPIFFEURL + federation.EndpointPath})
+	}
+	return f, nil
+}
+
+// dialMember connects to another member, that very one.
+func (m *member) dialMember(_ context.Context, to identity.Member) (*grpc.ClientConn, error) {
+	conf := server.MemberTLS(m.tls, to.ID)
+	conf.NextProtos = []string{"h2"}
+	return grpc.NewClient("passthrough:///"+to.Address, grpc.WithTransportCredentials(credentials.NewTLS(conf)))
+}

@@ -289,13 +289,14 @@ type stateReport struct {
 	Members      int    `json:"members"`
 	SealTerms    int    `json:"seal_terms"`
 	Foreign      int    `json:"foreign_bundles"`
+	Federations  int    `json:"federations"`
 }
 
 func reportOf(s store.Summary) *stateReport {
 	return &stateReport{
 		TrustDomain: s.TrustDomain, Revision: s.Revision, Sequence: s.Sequence, Level: s.Level,
 		Entries: s.Entries, KubeClusters: s.KubeClusters, JoinTokens: s.JoinTokens, Agents: s.Agents, Banned: s.Banned,
-		Authorities: s.Authorities, Members: s.Members, SealTerms: s.SealTerms, Foreign: s.Foreign,
+		Authorities: s.Authorities, Members: s.Members, SealTerms: s.SealTerms, Foreign: s.Foreign, Federations: s.Federations,
 	}
 }
 
@@ -303,6 +304,6 @@ func (s *stateReport) rows() [][]string {
 	return [][]string{
 		{"holds", fmt.Sprintf("revision %d, bundle sequence %d, level %d", s.Revision, s.Sequence, s.Level)},
 		{"", fmt.Sprintf("%d entries, %d kube clusters, %d agents (%d banned), %d join tokens", s.Entries, s.KubeClusters, s.Agents, s.Banned, s.JoinTokens)},
-		{"", fmt.Sprintf("%d authorities, %d members, %d terms of the seal, %d foreign bundles", s.Authorities, s.Members, s.SealTerms, s.Foreign)},
+		{"", fmt.Sprintf("%d authorities, %d members, %d terms of the seal, %d foreign bundles, %d federations", s.Authorities, s.Members, s.SealTerms, s.Foreign, s.Federations)},
 	}
 }

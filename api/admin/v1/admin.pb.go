@@ -948,6 +948,7 @@ type Entry struct {
 	Revision      uint64                 `protobuf:"varint,12,opt,name=revision,proto3" json:"revision,omitempty"` // on update: the revision that was read, or 0 for any
 	Downstream    bool                   `protobuf:"varint,13,opt,name=downstream,proto3" json:"downstream,omitempty"`
 	AdminRole     string                 `protobuf:"bytes,14,opt,name=admin_role,json=adminRole,proto3" json:"admin_role,omitempty"` // reader, operator or security: what whoever has the identity may do as an admin; admin alone means security
+	Warnings      []string               `protobuf:"bytes,15,rep,name=warnings,proto3" json:"warnings,omitempty"`                    // in answers: what of it has no effect yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1078,6 +1079,13 @@ func (x *Entry) GetAdminRole() string {
 		return x.AdminRole
 	}
 	return ""
+}
+
+func (x *Entry) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 type ListEntriesResponse struct {
@@ -2112,7 +2120,7 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\brevision\x18\r \x01(\x04R\brevision\"\x8a\x01\n" +
 	"\x18ListKubeClustersResponse\x12F\n" +
 	"\rkube_clusters\x18\x01 \x03(\v2!.countersign.admin.v1.KubeClusterR\fkubeClusters\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xfb\x03\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x97\x04\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tselectors\x18\x02 \x03(\tR\tselectors\x12\x1b\n" +
@@ -2133,7 +2141,8 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"downstream\x18\r \x01(\bR\n" +
 	"downstream\x12\x1d\n" +
 	"\n" +
-	"admin_role\x18\x0e \x01(\tR\tadminRole\"t\n" +
+	"admin_role\x18\x0e \x01(\tR\tadminRole\x12\x1a\n" +
+	"\bwarnings\x18\x0f \x03(\tR\bwarnings\"t\n" +
 	"\x13ListEntriesResponse\x125\n" +
 	"\aentries\x18\x01 \x03(\v2\x1b.countersign.admin.v1.EntryR\aentries\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xab\x03\n" +

@@ -179,6 +179,7 @@ type IssueX509Response struct {
 	IssuerChain   [][]byte               `protobuf:"bytes,2,rep,name=issuer_chain,json=issuerChain,proto3" json:"issuer_chain,omitempty"` // DER: what goes behind every leaf
 	Revision      uint64                 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`                         // the state that was decided on
 	Bundle        *Bundle                `protobuf:"bytes,4,opt,name=bundle,proto3" json:"bundle,omitempty"`                              // only for a caller without a certificate
+	Federated     []*Bundle              `protobuf:"bytes,5,rep,name=federated,proto3" json:"federated,omitempty"`                        // of the trust domains that the SVIDs federate with, where the caller was not sent them yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -237,6 +238,13 @@ func (x *IssueX509Response) GetRevision() uint64 {
 func (x *IssueX509Response) GetBundle() *Bundle {
 	if x != nil {
 		return x.Bundle
+	}
+	return nil
+}
+
+func (x *IssueX509Response) GetFederated() []*Bundle {
+	if x != nil {
+		return x.Federated
 	}
 	return nil
 }
@@ -875,12 +883,13 @@ const file_api_workload_v1_workload_proto_rawDesc = "" +
 	"\vX509Request\x12=\n" +
 	"\bevidence\x18\x01 \x01(\v2!.countersign.workload.v1.EvidenceR\bevidence\x12\x1d\n" +
 	"\n" +
-	"public_key\x18\x02 \x01(\fR\tpublicKey\"\xca\x01\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\"\x89\x02\n" +
 	"\x11IssueX509Response\x12=\n" +
 	"\aresults\x18\x01 \x03(\v2#.countersign.workload.v1.X509ResultR\aresults\x12!\n" +
 	"\fissuer_chain\x18\x02 \x03(\fR\vissuerChain\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x127\n" +
-	"\x06bundle\x18\x04 \x01(\v2\x1f.countersign.workload.v1.BundleR\x06bundle\"\x99\x01\n" +
+	"\x06bundle\x18\x04 \x01(\v2\x1f.countersign.workload.v1.BundleR\x06bundle\x12=\n" +
+	"\tfederated\x18\x05 \x03(\v2\x1f.countersign.workload.v1.BundleR\tfederated\"\x99\x01\n" +
 	"\n" +
 	"X509Result\x124\n" +
 	"\x05error\x18\x01 \x01(\v2\x1e.countersign.workload.v1.ErrorR\x05error\x127\n" +
@@ -969,26 +978,27 @@ var file_api_workload_v1_workload_proto_depIdxs = []int32{
 	0,  // 1: countersign.workload.v1.X509Request.evidence:type_name -> countersign.workload.v1.Evidence
 	4,  // 2: countersign.workload.v1.IssueX509Response.results:type_name -> countersign.workload.v1.X509Result
 	10, // 3: countersign.workload.v1.IssueX509Response.bundle:type_name -> countersign.workload.v1.Bundle
-	5,  // 4: countersign.workload.v1.X509Result.error:type_name -> countersign.workload.v1.Error
-	6,  // 5: countersign.workload.v1.X509Result.svids:type_name -> countersign.workload.v1.X509SVID
-	13, // 6: countersign.workload.v1.X509SVID.not_before:type_name -> google.protobuf.Timestamp
-	13, // 7: countersign.workload.v1.X509SVID.not_after:type_name -> google.protobuf.Timestamp
-	0,  // 8: countersign.workload.v1.IssueJWTRequest.evidence:type_name -> countersign.workload.v1.Evidence
-	9,  // 9: countersign.workload.v1.IssueJWTResponse.svids:type_name -> countersign.workload.v1.JWTSVID
-	10, // 10: countersign.workload.v1.IssueJWTResponse.bundle:type_name -> countersign.workload.v1.Bundle
-	13, // 11: countersign.workload.v1.JWTSVID.issued_at:type_name -> google.protobuf.Timestamp
-	13, // 12: countersign.workload.v1.JWTSVID.expires_at:type_name -> google.protobuf.Timestamp
-	11, // 13: countersign.workload.v1.Bundle.jwt_authorities:type_name -> countersign.workload.v1.JWTKey
-	12, // 14: countersign.workload.v1.Bundle.ending:type_name -> countersign.workload.v1.Bundle.Ending
-	1,  // 15: countersign.workload.v1.Workload.IssueX509:input_type -> countersign.workload.v1.IssueX509Request
-	7,  // 16: countersign.workload.v1.Workload.IssueJWT:input_type -> countersign.workload.v1.IssueJWTRequest
-	3,  // 17: countersign.workload.v1.Workload.IssueX509:output_type -> countersign.workload.v1.IssueX509Response
-	8,  // 18: countersign.workload.v1.Workload.IssueJWT:output_type -> countersign.workload.v1.IssueJWTResponse
-	17, // [17:19] is the sub-list for method output_type
-	15, // [15:17] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	10, // 4: countersign.workload.v1.IssueX509Response.federated:type_name -> countersign.workload.v1.Bundle
+	5,  // 5: countersign.workload.v1.X509Result.error:type_name -> countersign.workload.v1.Error
+	6,  // 6: countersign.workload.v1.X509Result.svids:type_name -> countersign.workload.v1.X509SVID
+	13, // 7: countersign.workload.v1.X509SVID.not_before:type_name -> google.protobuf.Timestamp
+	13, // 8: countersign.workload.v1.X509SVID.not_after:type_name -> google.protobuf.Timestamp
+	0,  // 9: countersign.workload.v1.IssueJWTRequest.evidence:type_name -> countersign.workload.v1.Evidence
+	9,  // 10: countersign.workload.v1.IssueJWTResponse.svids:type_name -> countersign.workload.v1.JWTSVID
+	10, // 11: countersign.workload.v1.IssueJWTResponse.bundle:type_name -> countersign.workload.v1.Bundle
+	13, // 12: countersign.workload.v1.JWTSVID.issued_at:type_name -> google.protobuf.Timestamp
+	13, // 13: countersign.workload.v1.JWTSVID.expires_at:type_name -> google.protobuf.Timestamp
+	11, // 14: countersign.workload.v1.Bundle.jwt_authorities:type_name -> countersign.workload.v1.JWTKey
+	12, // 15: countersign.workload.v1.Bundle.ending:type_name -> countersign.workload.v1.Bundle.Ending
+	1,  // 16: countersign.workload.v1.Workload.IssueX509:input_type -> countersign.workload.v1.IssueX509Request
+	7,  // 17: countersign.workload.v1.Workload.IssueJWT:input_type -> countersign.workload.v1.IssueJWTRequest
+	3,  // 18: countersign.workload.v1.Workload.IssueX509:output_type -> countersign.workload.v1.IssueX509Response
+	8,  // 19: countersign.workload.v1.Workload.IssueJWT:output_type -> countersign.workload.v1.IssueJWTResponse
+	18, // [18:20] is the sub-list for method output_type
+	16, // [16:18] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_api_workload_v1_workload_proto_init() }
