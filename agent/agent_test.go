@@ -15,6 +15,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"countersign.io/countersign/api"
+	workloadv1 "countersign.io/countersign/api/workload/v1"
 	"countersign.io/countersign/attestor"
 	"countersign.io/countersign/identity"
 )
@@ -352,6 +354,62 @@ func TestBundlePush(t *testing.T) {
 		t.Errorf("bundles: %+v", u.Bundles)
 	}
 	plain.quiet()
+}
+
+// A foreign bundle that comes with the SVID is there at the workload's first sight of it; the stream's word then counts.
+func TestFederatedBundleComesAlong(t *testing.T) {
+	c := newCluster(t)
+	c.member("a")
+	other := &identity.Bundle{TrustDomain: spiffeid.RequireTrustDomainFromString("other.org"), Sequence: 7, X509: [][]byte{newTestCA().root.Raw}, JWT: map[string][]byte{}}
+	c.along = []*identity.Bundle{other}
+	c.grant("fed", testGrant{entry: "e-f", id: "spiffe://example.org/fed", federates: []string{"other.org"}})
+	a := run(t, c.config())
+	w := watchUpdates(t, a.Agent, caller("fed"))
+	if u := w.next(); len(u.Bundles) != 2 || u.Bundles[other.TrustDomain].Sequence != 7 {
+		t.Fatalf("bundles: %v", u.Bundles)
+	}
+	push := func(federated ...*identity.Bundle) {
+		c.mu.Lock()
+		c.federated = federated
+		s := c.state()
+		c.mu.Unlock()
+		c.push(s)
+	}
+	newer := *other
+	newer.Sequence = 8
+	push(&newer)
+	if u := w.next(); u.Bundles[other.TrustDomain].Sequence != 8 {
+		t.Errorf("bundles: %+v", u.Bundles)
+	}
+	// What comes along with another SVID does not undo it.
+	c.grant("second", testGrant{entry: "e-s", id: "spiffe://example.org/second", federates: []string{"other.org"}})
+	if u := watchUpdates(t, a.Agent, caller("second")).next(); u.Bundles[other.TrustDomain].Sequence != 8 {
+		t.Errorf("bundles: %+v", u.Bundles)
+	}
+	push() // the relationship ended
+	if u := w.next(); len(u.Bundles) != 1 {
+		t.Errorf("bundles: %+v", u.Bundles)
+	}
+}
+
+// A member that passes off a bundle as our own trust domain's by that way is not believed.
+func TestFederatedBundleOfOurOwn(t *testing.T) {
+	c := newCluster(t)
+	c.member("a")
+	own := &identity.Bundle{TrustDomain: td, Sequence: 99, X509: [][]byte{newTestCA().root.Raw}, JWT: map[string][]byte{}}
+	c.grant("web", web())
+	a := run(t, c.config())
+	watchUpdates(t, a.Agent, caller("web")).next()
+	before := a.trust.Load()
+	if err := a.addFederated([]*workloadv1.Bundle{api.BundleToWire(own)}); err != nil {
+		t.Fatal(err)
+	}
+	if now := a.trust.Load(); now.own != before.own || len(now.all) != 1 {
+		t.Errorf("%+v", now.all)
+	}
+	if err := a.addFederated([]*workloadv1.Bundle{{TrustDomain: "Not/One"}}); !errors.Is(err, errAnswer) {
+		t.Errorf("a broken one: %v", err)
+	}
 }
 
 func TestKeyTypes(t *testing.T) {

@@ -122,6 +122,7 @@ type cluster struct {
 	mu        sync.Mutex
 	bundle    *identity.Bundle
 	federated []*identity.Bundle
+	along     []*identity.Bundle // federated ones that come with SVIDs
 	revision  uint64
 	grants    map[string][]testGrant // by token
 	ownTTL    time.Duration
@@ -469,6 +470,9 @@ func (m *member) IssueX509(ctx context.Context, req *workloadv1.IssueX509Request
 	m.c.batches = append(m.c.batches, len(req.Requests))
 	resp := &workloadv1.IssueX509Response{IssuerChain: [][]byte{m.c.ca.issuer.Raw}}
 	m.set(func() { resp.Revision = m.c.revision - m.lag })
+	for _, b := range m.c.along {
+		resp.Federated = append(resp.Federated, api.BundleToWire(b))
+	}
 	if direct {
 		resp.Bundle = api.BundleToWire(m.c.bundle)
 	}

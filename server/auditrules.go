@@ -61,7 +61,7 @@ func auditRuleFor(method string) (auditRule, bool) {
 	case memberv1.Member_Keyring_FullMethodName:
 		return auditRule{action: audit.GiveKeyring, mode: auditWalk}, true
 	case memberv1.Refreshing_State_FullMethodName:
-		return auditRule{action: audit.Call, mode: auditNever}, true // it is shown by admin.list_federations, which is recorded
+		return auditRule{action: "member.refresh_state", mode: auditRead}, true
 	case memberv1.Refreshing_Refresh_FullMethodName:
 		return auditRule{action: "member.refresh_federation", mode: auditRead, on: federationSubject}, true
 	case downstreamv1.Downstream_Sign_FullMethodName:
