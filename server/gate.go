@@ -119,10 +119,12 @@ func (s *Server) ackGate(ctx context.Context, a *identity.Authority) gate {
 	}
 	if !a.PreparedAt.IsZero() {
 		g.after(a.PreparedAt.Add(ackSettle), now, "settling", "programs behind the agents read the bundle that they were sent")
+		ahead := s.FederationSettle()
 		if s.cfg.PublishAhead != nil {
-			if ahead := s.cfg.PublishAhead(); ahead > 0 {
-				g.after(a.PreparedAt.Add(ahead), now, "publishing", "whoever reads the published bundle now and then, such as federated trust domains, must have had the time to")
-			}
+			ahead = max(ahead, s.cfg.PublishAhead())
+		}
+		if ahead > 0 {
+			g.after(a.PreparedAt.Add(ahead), now, "publishing", "whoever reads the published bundle now and then, such as federated trust domains, must have had the time to")
 		}
 	}
 	return g

@@ -34,11 +34,12 @@ func roleOfRPC() map[string]identity.AdminRole {
 	out := map[string]identity.AdminRole{}
 	for role, methods := range map[identity.AdminRole]string{
 		identity.AdminReader: `Admin/ListKubeClusters Admin/GetEntry Admin/ListEntries Admin/ListAgents Admin/GetAgent Admin/GetBundle Admin/Status
-			Admin/ClusterStatus Admin/ListAuthorities Admin/SealStatus Admin/QueryAudit Trust/GetRotation Trust/WatchRotation Health/Check Health/List Health/Watch ServerReflection/ServerReflectionInfo`,
+			Admin/ClusterStatus Admin/ListAuthorities Admin/SealStatus Admin/QueryAudit Trust/GetRotation Trust/WatchRotation
+			Federation/ListFederations Federation/GetFederation Federation/DescribeEndpoint Health/Check Health/List Health/Watch ServerReflection/ServerReflectionInfo`,
 		identity.AdminOperator: `Admin/CreateToken Admin/CreateEntry Admin/UpdateEntry Admin/DeleteEntry Admin/BanAgent Admin/EvictAgent Admin/TransferLeader
-			Mint/MintX509 Mint/MintJWT`,
+			Federation/RefreshFederation Mint/MintX509 Mint/MintJWT`,
 		identity.AdminSecurity: `Admin/AddKubeCluster Admin/DeleteKubeCluster Admin/RotateSeal Admin/RewrapSeal Admin/RemoveMember Admin/SaveBackup
-			Trust/Rotate Trust/ChangeRotation Trust/Rollback Trust/PrepareAuthority Trust/ActivateAuthority Trust/TaintAuthority Trust/RevokeAuthority`,
+			Federation/CreateFederation Federation/UpdateFederation Federation/DeleteFederation Trust/Rotate Trust/ChangeRotation Trust/Rollback Trust/PrepareAuthority Trust/ActivateAuthority Trust/TaintAuthority Trust/RevokeAuthority`,
 	} {
 		for _, m := range strings.Fields(methods) {
 			out[m] = role
