@@ -233,6 +233,20 @@ type Foreign struct {
 	Revision uint64   `json:"revision,omitempty"`
 }
 
+// Above is what an upstream vouches for. Sequence and Ending are another Countersign's.
+type Above struct {
+	Foreign
+	Sequence uint64   // of its bundle
+	Ending   []Ending // its authorities that sign no longer
+}
+
+// Below is what a cluster tells the one above it.
+type Below struct {
+	Keys  []JWTKey // all that it signs JWT-SVIDs with
+	Acked uint64   // the sequence of the bundle from above that everyone in the cluster has
+	Uses  []string // IDs of the x509 authorities above that anything live in the cluster is under; sorted
+}
+
 // SourceUpstream is the Source of what the cluster above vouches for.
 const SourceUpstream = "upstream"
 

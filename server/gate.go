@@ -77,20 +77,18 @@ func (g *gate) toWire() *adminv1.Gate {
 	return out
 }
 
-// ackGate is who has yet to have the bundle with a prepared authority.
-func (s *Server) ackGate(ctx context.Context, a *identity.Authority) gate {
+// bundleGate is who has yet to have the bundle of a sequence.
+func (s *Server) bundleGate(c census, sequence uint64, now time.Time) gate {
 	var g gate
-	now := s.cfg.Now()
-	c := s.takeCensus(ctx, a.Kind, a.ID)
 	g.members(c, func(r report) string {
-		if r.sequence < a.Sequence {
-			return fmt.Sprintf("it has bundle %d and not %d yet", r.sequence, a.Sequence)
+		if r.sequence < sequence {
+			return fmt.Sprintf("it has bundle %d and not %d yet", r.sequence, sequence)
 		}
 		return ""
 	})
 	behind := func(p party) string {
-		if p.sequence < a.Sequence {
-			return fmt.Sprintf("it has acknowledged bundle %d and not %d yet", p.sequence, a.Sequence)
+		if p.sequence < sequence {
+			return fmt.Sprintf("it has acknowledged bundle %d and not %d yet", p.sequence, sequence)
 		}
 		return ""
 	}
@@ -117,6 +115,13 @@ func (s *Server) ackGate(ctx context.Context, a *identity.Authority) gate {
 			g.pass()
 		}
 	}
+	return g
+}
+
+// ackGate is who has yet to have the bundle with a prepared authority.
+func (s *Server) ackGate(ctx context.Context, a *identity.Authority) gate {
+	now := s.cfg.Now()
+	g := s.bundleGate(s.takeCensus(ctx, a.Kind, a.ID), a.Sequence, now)
 	if !a.PreparedAt.IsZero() {
 		g.after(a.PreparedAt.Add(ackSettle), now, "settling", "programs behind the agents read the bundle that they were sent")
 		ahead := s.FederationSettle()

@@ -26,7 +26,7 @@ type Upstream interface {
 	// whenever it cannot be had. It returns when ctx ends, or with an error to be called again after a while. keys yields
 	// all the JWT keys that this cluster signs with, at first and whenever they change; an upstream that has no use
 	// for them need not read it.
-	Follow(ctx context.Context, keys <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error
+	Follow(ctx context.Context, keys <-chan identity.Below, tell func(*identity.Above, error)) error
 }
 
 // Outside is what the state knows of the clusters above and below ours.
@@ -160,12 +160,15 @@ type upstreamLoop struct {
 	failures int
 	hasty    int // renewals before half the life was over
 	retryAt  time.Time
-	keys     chan []identity.JWTKey // of the Follow that runs
-	sent     []identity.JWTKey
+	keys     chan identity.Below // of the Follow that runs
+	sent     *identity.Below
+
+	acked               uint64 // sequence of the bundle above that everyone here has
+	awaited, awaitedOwn uint64 // that they are to have, and the sequence of our own that holds it
 
 	mu   sync.Mutex
-	told *identity.Foreign // by the upstream, not taken up yet; guarded by mu
-	now  *identity.Foreign // what it vouches for, as last told; guarded by mu
+	told *identity.Above // by the upstream, not taken up yet; guarded by mu
+	now  *identity.Above // what it vouches for, as last told; guarded by mu
 }
 
 // runUpstream keeps an x509 authority below the upstream alive, and the bundle as the upstream has it, until ctx ends.
@@ -183,7 +186,7 @@ func (s *Server) runUpstream(ctx context.Context) error {
 		s.upstream.setSign(nil, time.Time{})
 	}()
 	g, ctx := errgroup.WithContext(ctx)
-	follow := make(chan chan []identity.JWTKey, 1)
+	follow := make(chan chan identity.Below, 1)
 	g.Go(func() error { u.follow(ctx, follow); return nil })
 	g.Go(func() error {
 		for wait := time.Duration(0); ; {
@@ -205,9 +208,9 @@ func (s *Server) runUpstream(ctx context.Context) error {
 }
 
 // follow calls Follow again and again. Each gets a channel of its own: what the last one did not read is of no use.
-func (u *upstreamLoop) follow(ctx context.Context, started chan<- chan []identity.JWTKey) {
+func (u *upstreamLoop) follow(ctx context.Context, started chan<- chan identity.Below) {
 	for wait := upstreamRetryFirst; ; wait = min(2*wait, upstreamRetryMost) {
-		keys := make(chan []identity.JWTKey, 1)
+		keys := make(chan identity.Below, 1)
 		select {
 		case started <- keys:
 		case <-ctx.Done():
@@ -231,7 +234,7 @@ func (u *upstreamLoop) follow(ctx context.Context, started chan<- chan []identit
 	}
 }
 
-func (u *upstreamLoop) tell(f *identity.Foreign, err error) {
+func (u *upstreamLoop) tell(f *identity.Above, err error) {
 	if u.upstream.setFollow(err, u.cfg.Now()) {
 		u.cfg.Log.Warn("the upstream does not tell its roots: issuance goes on", "upstream", u.up.String(), "error", err)
 	}
@@ -253,8 +256,17 @@ func (s *Server) wakeUpstream() {
 
 // step does what is due, and returns the time until something may be due again.
 func (u *upstreamLoop) step(ctx context.Context) time.Duration {
-	u.publishKeys()
 	u.takeTold(ctx)
+	waits := u.acknowledge(ctx)
+	u.tellAbove()
+	wait := u.stepOn(ctx)
+	if waits {
+		wait = min(wait, rotateLook)
+	}
+	return wait
+}
+
+func (u *upstreamLoop) stepOn(ctx context.Context) time.Duration {
 	now := u.cfg.Now()
 	var active, prepared *identity.Authority
 	for _, a := range u.cfg.State.Authorities() {
@@ -269,6 +281,9 @@ func (u *upstreamLoop) step(ctx context.Context) time.Duration {
 	u.noteRoots(active, now)
 	if prepared != nil {
 		return u.advance(ctx, active, prepared, now)
+	}
+	if err := u.followEnd(ctx, active, now); err != nil && ctx.Err() == nil {
+		u.cfg.Log.Warn("cannot begin a rotation: trying again", "error", err)
 	}
 	wanted := false
 	if r, ok := u.rotation(identity.AuthorityX509); ok && r.Phase == identity.RotationPrepare {
@@ -438,28 +453,6 @@ func (u *upstreamLoop) noteRoots(active *identity.Authority, now time.Time) {
 	maps.DeleteFunc(u.since, func(der string, _ time.Time) bool { return !contains(bundle, []byte(der)) })
 }
 
-// publishKeys gives the upstream the JWT keys that this cluster signs with.
-func (u *upstreamLoop) publishKeys() {
-	var own []identity.JWTKey
-	for _, a := range u.cfg.State.Authorities() {
-		if a.Kind == identity.AuthorityJWT {
-			own = append(own, identity.JWTKey{ID: a.ID, PublicKey: a.PublicKey, NotAfter: a.NotAfter})
-		}
-	}
-	same := func(a, b identity.JWTKey) bool {
-		return a.ID == b.ID && bytes.Equal(a.PublicKey, b.PublicKey) && a.NotAfter.Equal(b.NotAfter)
-	}
-	if u.keys == nil || len(own) == 0 || u.sent != nil && slices.EqualFunc(own, u.sent, same) {
-		return
-	}
-	select { // the newest is all that counts
-	case <-u.keys:
-	default:
-	}
-	u.keys <- own
-	u.sent = own
-}
-
 // takeTold puts what the upstream vouches for into the bundle. What was told and could not be stored is tried again.
 func (u *upstreamLoop) takeTold(ctx context.Context) {
 	u.mu.Lock()
@@ -475,6 +468,9 @@ func (u *upstreamLoop) takeTold(ctx context.Context) {
 	}
 	switch {
 	case err == nil:
+		if told.Sequence > u.awaited {
+			u.awaited, u.awaitedOwn = told.Sequence, u.cfg.State.Bundle().Sequence
+		}
 		u.mu.Lock()
 		if u.told == told {
 			u.told = nil
@@ -486,7 +482,7 @@ func (u *upstreamLoop) takeTold(ctx context.Context) {
 }
 
 // normal is what the upstream told without what is ours anyway, and with an end of its keys where it told none.
-func (u *upstreamLoop) normal(told *identity.Foreign) identity.Foreign {
+func (u *upstreamLoop) normal(told *identity.Above) identity.Foreign {
 	f := identity.Foreign{Source: identity.SourceUpstream, X509: told.X509}
 	now := u.cfg.Now()
 	own := map[string]bool{}

@@ -235,10 +235,10 @@ func (u *upper) Sign(_ context.Context, req *x509.CertificateRequest, ttl time.D
 	return der, nil, [][]byte{u.root.Raw}, err
 }
 
-func (u *upper) Follow(ctx context.Context, keys <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error {
+func (u *upper) Follow(ctx context.Context, keys <-chan identity.Below, tell func(*identity.Above, error)) error {
 	for {
 		u.mu.Lock()
-		f, err := &identity.Foreign{X509: [][]byte{u.root.Raw}, JWT: slices.Clone(u.jwt)}, u.down
+		f, err := &identity.Above{Foreign: identity.Foreign{X509: [][]byte{u.root.Raw}, JWT: slices.Clone(u.jwt)}}, u.down
 		u.mu.Unlock()
 		if err != nil {
 			tell(nil, err)
@@ -251,7 +251,7 @@ func (u *upper) Follow(ctx context.Context, keys <-chan []identity.JWTKey, tell 
 		case <-u.wake:
 		case k := <-keys:
 			u.mu.Lock()
-			u.keys = k
+			u.keys = k.Keys
 			u.mu.Unlock()
 		}
 	}
@@ -388,8 +388,8 @@ type contrary struct {
 	other *upper
 }
 
-func (c contrary) Follow(ctx context.Context, _ <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error {
-	tell(&identity.Foreign{X509: [][]byte{c.other.root.Raw}}, nil)
+func (c contrary) Follow(ctx context.Context, _ <-chan identity.Below, tell func(*identity.Above, error)) error {
+	tell(&identity.Above{Foreign: identity.Foreign{X509: [][]byte{c.other.root.Raw}}}, nil)
 	<-ctx.Done()
 	return nil
 }

@@ -61,10 +61,12 @@ func published(b *identity.Bundle) *identity.Bundle {
 }
 
 // makeBundle holds every authority that somebody may rely on, and what other clusters of the trust domain publish. From level
-// 2 on an authority below an upstream is there by the upstream's roots, and the roots are a sorted set; at level 1
-// they are in the order of the authorities.
+// 2 on an authority below an upstream is there by its root, and by all that the upstream vouched for when it signed unless that has
+// told since what it vouches for now: what it gives up must not stay. The roots are a sorted set; at level 1 they are in the order
+// of the authorities.
 func makeBundle(td spiffeid.TrustDomain, level uint32, authorities []*identity.Authority, foreign []*identity.Foreign) *identity.Bundle {
 	b := &identity.Bundle{TrustDomain: td, RefreshHint: refreshHint, JWT: make(map[string][]byte)}
+	told := slices.ContainsFunc(foreign, func(f *identity.Foreign) bool { return f.Source == identity.SourceUpstream && len(f.X509) > 0 })
 	for _, r := range authorities {
 		if !r.State.Vouched() {
 			continue
@@ -73,6 +75,8 @@ func makeBundle(td spiffeid.TrustDomain, level uint32, authorities []*identity.A
 			b.Ending = append(b.Ending, identity.Ending{ID: r.ID, Tainted: r.State == identity.AuthorityTainted, Spread: r.Spread})
 		}
 		switch {
+		case r.Kind == identity.AuthorityX509 && len(r.Roots) > 0 && told:
+			b.X509 = append(b.X509, r.Roots[0])
 		case r.Kind == identity.AuthorityX509 && len(r.Roots) > 0:
 			b.X509 = append(b.X509, r.Roots...)
 		case r.Kind == identity.AuthorityX509:

@@ -167,7 +167,7 @@ func fromStatus(err error) error {
 }
 
 // foreign is what a bundle of the cluster above vouches for.
-func (c *Countersign) foreign(w *workloadv1.Bundle) (*identity.Foreign, error) {
+func (c *Countersign) foreign(w *workloadv1.Bundle) (*identity.Above, error) {
 	b, err := api.BundleFromWire(w)
 	if err != nil {
 		return nil, err
@@ -175,7 +175,7 @@ func (c *Countersign) foreign(w *workloadv1.Bundle) (*identity.Foreign, error) {
 	if b.TrustDomain != c.cfg.TrustDomain {
 		return nil, fmt.Errorf("%w: the cluster above is of trust domain %q, this one of %q", identity.ErrInvalid, b.TrustDomain.Name(), c.cfg.TrustDomain.Name())
 	}
-	f := &identity.Foreign{Source: identity.SourceUpstream, X509: b.X509}
+	f := &identity.Above{Foreign: identity.Foreign{Source: identity.SourceUpstream, X509: b.X509}, Sequence: b.Sequence, Ending: b.Ending}
 	for kid, key := range b.JWT {
 		f.JWT = append(f.JWT, identity.JWTKey{ID: kid, PublicKey: key})
 	}
@@ -183,13 +183,13 @@ func (c *Countersign) foreign(w *workloadv1.Bundle) (*identity.Foreign, error) {
 }
 
 // Follow keeps a Sync stream to one member above. It gives up, for a while, when a whole round over them told nothing.
-func (c *Countersign) Follow(ctx context.Context, keys <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error {
+func (c *Countersign) Follow(ctx context.Context, keys <-chan identity.Below, tell func(*identity.Above, error)) error {
 	source, err := c.source(ctx)
 	if err != nil {
 		return err
 	}
 	defer source.Close()
-	var last []identity.JWTKey
+	var last identity.Below
 	select { // no member above hears of us before we know our keys: one message would take those of before out
 	case last = <-keys:
 	case <-ctx.Done():
@@ -199,7 +199,7 @@ func (c *Countersign) Follow(ctx context.Context, keys <-chan []identity.JWTKey,
 		var errs []error
 		told := false
 		for _, address := range c.servers() {
-			err := c.syncAt(ctx, address, source, &last, keys, func(f *identity.Foreign) { told = true; tell(f, nil) })
+			err := c.syncAt(ctx, address, source, &last, keys, func(f *identity.Above) { told = true; tell(f, nil) })
 			if ctx.Err() != nil {
 				return nil
 			}
@@ -221,7 +221,7 @@ func (c *Countersign) Follow(ctx context.Context, keys <-chan []identity.JWTKey,
 	}
 }
 
-func (c *Countersign) syncAt(ctx context.Context, address string, source *workloadapi.X509Source, last *[]identity.JWTKey, keys <-chan []identity.JWTKey, tell func(*identity.Foreign)) error {
+func (c *Countersign) syncAt(ctx context.Context, address string, source *workloadapi.X509Source, last *identity.Below, keys <-chan identity.Below, tell func(*identity.Above)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	conn, err := c.dial(address, source)
@@ -234,7 +234,7 @@ func (c *Countersign) syncAt(ctx context.Context, address string, source *worklo
 		return fromStatus(err)
 	}
 	// A refused Send says nothing but that the stream has ended; Recv says why.
-	_ = stream.Send(keysToWire(*last))
+	_ = stream.Send(belowToWire(*last))
 	received := make(chan error, 1)
 	go func() {
 		for {
@@ -256,14 +256,14 @@ func (c *Countersign) syncAt(ctx context.Context, address string, source *worklo
 		case err := <-received:
 			return err
 		case *last = <-keys:
-			_ = stream.Send(keysToWire(*last))
+			_ = stream.Send(belowToWire(*last))
 		}
 	}
 }
 
-func keysToWire(keys []identity.JWTKey) *downstreamv1.Keys {
-	out := &downstreamv1.Keys{}
-	for _, k := range keys {
+func belowToWire(b identity.Below) *downstreamv1.Keys {
+	out := &downstreamv1.Keys{AckedSequence: b.Acked, Tells: true, Uses: b.Uses}
+	for _, k := range b.Keys {
 		out.Keys = append(out.Keys, &downstreamv1.Keys_Key{Kid: k.ID, PublicKey: k.PublicKey, NotAfter: timestamppb.New(k.NotAfter)})
 	}
 	return out

@@ -213,7 +213,7 @@ func (d *Disk) rootsNow(ctx context.Context) ([][]byte, error) {
 
 // Follow tells the roots, and tells them anew when the files change. The folders are watched, not the files: a file that
 // is replaced, and the link to a folder that Kubernetes exchanges, are other files afterwards.
-func (d *Disk) Follow(ctx context.Context, _ <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error {
+func (d *Disk) Follow(ctx context.Context, _ <-chan identity.Below, tell func(*identity.Above, error)) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("watching the upstream's files: %w", err)

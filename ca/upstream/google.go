@@ -86,7 +86,7 @@ func (g *Google) roots(context.Context) ([][]byte, error) {
 }
 
 // Follow asks for the root every now and then.
-func (g *Google) Follow(ctx context.Context, _ <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error {
+func (g *Google) Follow(ctx context.Context, _ <-chan identity.Below, tell func(*identity.Above, error)) error {
 	poll(ctx, nil, g.roots, tell)
 	return nil
 }

@@ -35,7 +35,7 @@ func (*Google) Sign(context.Context, *x509.CertificateRequest, time.Duration) ([
 }
 
 // Follow is never called.
-func (g *Google) Follow(context.Context, <-chan []identity.JWTKey, func(*identity.Foreign, error)) error {
+func (g *Google) Follow(context.Context, <-chan identity.Below, func(*identity.Above, error)) error {
 	_, _, _, err := g.Sign(context.Background(), nil, 0)
 	return err
 }

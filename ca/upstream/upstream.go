@@ -78,7 +78,7 @@ func split(certs []*x509.Certificate) (chain, roots [][]byte) {
 }
 
 // poll asks for the roots now, then whenever wake says so, and every now and then; and tells what is new, and errors.
-func poll(ctx context.Context, wake <-chan struct{}, roots func(context.Context) ([][]byte, error), tell func(*identity.Foreign, error)) {
+func poll(ctx context.Context, wake <-chan struct{}, roots func(context.Context) ([][]byte, error), tell func(*identity.Above, error)) {
 	var last [][]byte
 	for failed := true; ; {
 		got, err := roots(ctx)
@@ -93,7 +93,7 @@ func poll(ctx context.Context, wake <-chan struct{}, roots func(context.Context)
 			tell(nil, err)
 			failed = true
 		case failed || !slices.EqualFunc(got, last, bytes.Equal):
-			tell(&identity.Foreign{Source: identity.SourceUpstream, X509: got}, nil)
+			tell(&identity.Above{Foreign: identity.Foreign{Source: identity.SourceUpstream, X509: got}}, nil)
 			failed, last = false, got
 		}
 		timer := time.NewTimer(pollEvery)

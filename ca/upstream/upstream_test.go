@@ -211,15 +211,15 @@ func TestDiskRefuses(t *testing.T) {
 
 // heard is one call of tell.
 type heard struct {
-	f   *identity.Foreign
+	f   *identity.Above
 	err error
 }
 
-func follow(t *testing.T, f func(context.Context, <-chan []identity.JWTKey, func(*identity.Foreign, error)) error) <-chan heard {
+func follow(t *testing.T, f func(context.Context, <-chan identity.Below, func(*identity.Above, error)) error) <-chan heard {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	ch, done := make(chan heard, 64), make(chan error, 1)
-	go func() { done <- f(ctx, nil, func(f *identity.Foreign, err error) { ch <- heard{f, err} }) }()
+	go func() { done <- f(ctx, nil, func(f *identity.Above, err error) { ch <- heard{f, err} }) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -116,7 +116,7 @@ func (v *Vault) roots(ctx context.Context) ([][]byte, error) {
 }
 
 // Follow asks for the roots every now and then, and keeps the token alive meanwhile.
-func (v *Vault) Follow(ctx context.Context, _ <-chan []identity.JWTKey, tell func(*identity.Foreign, error)) error {
+func (v *Vault) Follow(ctx context.Context, _ <-chan identity.Below, tell func(*identity.Above, error)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
 	go func() { done <- v.client.Run(ctx) }()
