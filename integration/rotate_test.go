@@ -2,9 +2,14 @@ package integration
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -12,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
@@ -177,6 +184,72 @@ func (r *rotation) tokens() (stop func() (exchanged int)) {
 	}
 }
 
+// fileServer is an HTTPS server that knows nothing but files: its certificate and key, and the bundle that its clients' certificates
+// must lead to, read anew for each connection. A client with an SVID calls it until stop is called.
+func (r *rotation) fileServer() (stop func() (calls int)) {
+	r.t.Helper()
+	dir := filepath.Join(r.Dir, "files")
+	token, err := r.iss.Pod("shop", "https", "node-1")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	log := newEventLog()
+	if _, err := r.Start("https", []string{"COUNTERSIGN_DEV_POD=" + token}, io.Writer(log), filepath.Join(bin, "countersign-agent"), "watch", "--endpoint", r.agents[0].Endpoint(), "--write", dir); err != nil {
+		r.t.Fatal(err)
+	}
+	conf := func() (*tls.Config, error) {
+		at, err := filepath.EvalSymlinks(filepath.Join(dir, "..data"))
+		if err != nil {
+			return nil, err
+		}
+		cert, err := tls.LoadX509KeyPair(filepath.Join(at, "svid.pem"), filepath.Join(at, "key.pem"))
+		if err != nil {
+			return nil, err
+		}
+		pem, err := os.ReadFile(filepath.Join(at, "bundle.pem"))
+		if err != nil {
+			return nil, err
+		}
+		roots := x509.NewCertPool()
+		roots.AppendCertsFromPEM(pem)
+		return &tls.Config{Certificates: []tls.Certificate{cert}, ClientCAs: roots, ClientAuth: tls.RequireAndVerifyClientCert, SessionTicketsDisabled: true}, nil
+	}
+	r.eventually("the files are there", func() error { _, err := conf(); return err })
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") }))
+	srv.TLS = &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return conf() }}
+	srv.Config.SetKeepAlivesEnabled(false)
+	srv.StartTLS()
+	source, err := workloadapi.NewX509Source(r.ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(r.agents[1].Endpoint())))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	id := spiffeid.RequireFromString("spiffe://" + trustDomain + "/ns/shop/sa/https")
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(id))}}
+	ctx, cancel := context.WithCancel(r.ctx)
+	var wg sync.WaitGroup
+	n := 0
+	wg.Go(func() {
+		for ; pause(ctx, 20*time.Millisecond); n++ {
+			res, err := client.Get(srv.URL)
+			if err == nil {
+				_, err = io.Copy(io.Discard, res.Body)
+				res.Body.Close()
+			}
+			if err != nil {
+				r.t.Errorf("call %d of the server that reads files: %v", n, err)
+				return
+			}
+		}
+	})
+	return func() int {
+		cancel()
+		wg.Wait()
+		srv.Close()
+		source.Close()
+		return n
+	}
+}
+
 const shortLives = "x509_ttl: 12s\njwt_ttl: 8s\nmax_staleness: 1m\n"
 
 // TestRotation replaces both authorities under load: no handshake fails, every token verifies, and afterwards nothing of the
@@ -185,6 +258,7 @@ func TestRotation(t *testing.T) {
 	t.Parallel()
 	r := newRotation(t, shortLives)
 	stop := r.tokens()
+	stopFiles := r.fileServer()
 	before := r.state()
 	for _, kind := range []string{"x509", "jwt"} {
 		out := r.admin("bundle", "rotate", "--kind", kind, "--dry-run")
@@ -196,7 +270,7 @@ func TestRotation(t *testing.T) {
 		}
 		r.shaken()
 	}
-	exchanged := stop()
+	exchanged, called := stop(), stopFiles()
 	after := r.state()
 	for _, kind := range []string{"x509", "jwt"} {
 		if active := after.in(kind, "active"); len(active) != 1 || active[0] == before.in(kind, "active")[0] || len(after.in(kind, "revoked")) != 1 {
@@ -213,7 +287,7 @@ func TestRotation(t *testing.T) {
 			t.Errorf("no record of the phase %s", phase)
 		}
 	}
-	t.Logf("%d tokens exchanged", exchanged)
+	t.Logf("%d tokens exchanged, %d calls of the server that reads files", exchanged, called)
 }
 
 // TestRotationLeaderDies: the leader dies, and an agent cannot be reached, in the middle of a rotation. It waits for the agent by

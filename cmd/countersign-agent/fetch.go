@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/x509"
-	"encoding/pem"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -207,32 +205,15 @@ func fetchBundles(w *workload) *cobra.Command {
 
 // writeX509 writes the default identity as PEM, each file whole or not at all; the key is for its owner alone.
 func writeX509(dir string, x *workloadapi.X509Context) error {
-	svid := x.DefaultSVID()
-	certs, key, err := svid.Marshal()
+	files, err := publishedX509(x)
 	if err != nil {
-		return fmt.Errorf("encoding the SVID: %w", err)
+		return err
 	}
-	defer clear(key)
-	bundle, err := x.Bundles.GetX509BundleForTrustDomain(svid.ID.TrustDomain())
-	if err != nil {
-		return fmt.Errorf("finding the bundle of %s: %w", svid.ID.TrustDomain(), err)
-	}
-	return writePEM(dir, certs, key, bundle.X509Authorities())
-}
-
-func writePEM(dir string, certs, key []byte, roots []*x509.Certificate) error {
-	var bundle []byte
-	for _, r := range roots {
-		bundle = append(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.Raw})...)
-	}
+	defer clear(files[0].data) // the key
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("making the folder: %w", err)
 	}
-	for _, f := range []struct {
-		name string
-		data []byte
-		mode os.FileMode
-	}{{"key.pem", key, 0o600}, {"svid.pem", certs, 0o644}, {"bundle.pem", bundle, 0o644}} {
+	for _, f := range files {
 		if err := durable.WriteFile(filepath.Join(dir, f.name), f.data, f.mode); err != nil {
 			return err
 		}

@@ -20,12 +20,36 @@ import (
 )
 
 func watchCommand(w *workload) *cobra.Command {
+	var dir, run string
 	cmd := &cobra.Command{
-		Use: "watch", Short: "Print every change of the caller's X.509-SVIDs and bundles until interrupted", Args: cobra.NoArgs,
-		Example: "  countersign-agent watch\n  countersign-agent watch -o json | jq .svids[0].serial",
+		Use: "watch", Short: "Print every change of the caller's X.509-SVIDs and bundles until interrupted, or keep them in files", Args: cobra.NoArgs,
+		Long: `Print every change of the caller's X.509-SVIDs and bundles until interrupted.
+
+With --write they are kept in files, for programs that read files: svid.pem, key.pem (0600) and bundle.pem of the default identity, and
+bundle-DOMAIN.pem of each trust domain that it federates with. All change at once: they are links through the link ..data. After each
+change --run is run by the shell, such as to have a server read them again.`,
+		Example: `  countersign-agent watch
+  countersign-agent watch -o json | jq .svids[0].serial
+  countersign-agent watch --write /run/web --run 'nginx -s reload'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if run != "" && dir == "" {
+				return fmt.Errorf("%w: --run goes with --write", identity.ErrInvalid)
+			}
 			return w.connect(cmd.Context(), func(c *workloadapi.Client) error {
 				pw := &printer{out: cmd.OutOrStdout(), json: w.out.JSON(), errOut: cmd.ErrOrStderr()}
+				if dir != "" {
+					ctx, stop := context.WithCancel(cmd.Context())
+					defer stop()
+					p := &publisher{printer: printer{out: pw.out, json: pw.json, errOut: pw.errOut}, ctx: ctx, dir: dir, run: run, stop: stop}
+					err := c.WatchX509Context(ctx, p)
+					if p.fail != nil {
+						return p.fail
+					}
+					if cmd.Context().Err() != nil {
+						return nil
+					}
+					return err
+				}
 				err := c.WatchX509Context(cmd.Context(), pw)
 				if cmd.Context().Err() != nil {
 					return nil // interrupted, as asked
@@ -35,6 +59,8 @@ func watchCommand(w *workload) *cobra.Command {
 		},
 	}
 	w.flags(cmd)
+	cmd.Flags().StringVar(&dir, "write", "", "keep svid.pem, key.pem and bundle.pem of the default identity in this folder")
+	cmd.Flags().StringVar(&run, "run", "", "run this by the shell after each change of the files")
 	return cmd
 }
 
