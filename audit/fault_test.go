@@ -67,22 +67,22 @@ type faultyFile struct {
 	f *faulty
 }
 
-func (d *faultyFile) Write(p []byte) (int, error) {
+func (d *faultyFile) WriteAt(p []byte, at int64) (int, error) {
 	d.f.mu.Lock()
 	defer d.f.mu.Unlock()
 	if d.f.limited {
 		d.f.regain()
 		if int64(len(p)) > d.f.room {
-			n, _ := d.disk.Write(p[:d.f.room])
+			n, _ := d.disk.WriteAt(p[:d.f.room], at)
 			return n, syscall.ENOSPC
 		}
 		d.f.room -= int64(len(p))
 	}
 	if d.f.err != nil && !d.f.onSync {
-		n, _ := d.disk.Write(p[:min(len(p), d.f.partial)])
+		n, _ := d.disk.WriteAt(p[:min(len(p), d.f.partial)], at)
 		return n, d.f.err
 	}
-	return d.disk.Write(p)
+	return d.disk.WriteAt(p, at)
 }
 
 // regain gives the room of a reserve that is gone; f.mu is held.

@@ -205,14 +205,15 @@ func (r *reader) readFrom(first uint64, offset, limit int64, f func([]byte) erro
 		return offset, err
 	}
 	defer file.Close()
-	if _, err := file.Seek(offset, io.SeekStart); err != nil {
+	if _, err = file.Seek(offset, io.SeekStart); err != nil {
 		return offset, err
 	}
-	var src io.Reader = file
-	if limit >= 0 {
-		src = io.LimitReader(file, limit-offset)
+	if limit < 0 {
+		if limit, err = dataEnd(file); err != nil {
+			return offset, err
+		}
 	}
-	in := bufio.NewReaderSize(src, MaxLine)
+	in := bufio.NewReaderSize(io.LimitReader(file, limit-offset), MaxLine)
 	for {
 		if r.ctx.Err() != nil {
 			return offset, r.ctx.Err()

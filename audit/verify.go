@@ -388,7 +388,15 @@ func (v *Verifier) file(path string, last bool) error {
 	}
 	defer f.Close()
 	name := filepath.Base(path)
-	if err := v.Read(name, f); err != nil {
+	var lines io.Reader = f
+	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
+		end, err := dataEnd(f)
+		if err != nil {
+			return fmt.Errorf("verifying the log: %w", err)
+		}
+		lines = io.LimitReader(f, end)
+	}
+	if err := v.Read(name, lines); err != nil {
 		return err
 	}
 	if v.r.Torn > 0 && !last {
