@@ -231,6 +231,7 @@ func (s *files) scan(first uint64, last bool, at *found) (h head, whole int64, e
 		ok := false
 		if err == nil {
 			seq, _, ok = parsePrefix(bytes.TrimSuffix(line, []byte{'\n'}))
+			ok = ok && bytes.IndexByte(line, 0) < 0
 		}
 		if !ok {
 			// What comes after cannot be told apart any more.

@@ -80,6 +80,8 @@ type Log struct {
 	told      bool      // the process's log was told of the problem
 	busy      time.Time // since when the files are being written; zero: they are not
 	durable   chan struct{}
+	around    int  // callers that may be back in moments
+	gathering bool // the writer waits for them; it ends with a word on complete
 
 	// The writer's.
 	found      found
@@ -88,7 +90,8 @@ type Log struct {
 	checked    time.Time
 	swept      time.Time
 	unsignable bool
-	grouped    int // calls in the last group
+	timer      *time.Timer
+	complete   chan struct{}
 }
 
 // span are records, by number.
@@ -148,7 +151,7 @@ func New(c Config) (*Log, error) {
 	case c.MaxSize < MaxLine || c.KeepBytes < 0 || c.Reserve < MaxLine || c.Keep < 0 || c.Deadline < 0:
 		return nil, fmt.Errorf("opening the audit log: %w: max_size and reserve must be at least %d bytes, and nothing negative", identity.ErrInvalid, MaxLine)
 	}
-	l := &Log{cfg: c, wake: make(chan struct{}, 1), durable: make(chan struct{}), problem: errors.New("it has not been opened yet")}
+	l := &Log{cfg: c, wake: make(chan struct{}, 1), complete: make(chan struct{}, 1), timer: time.NewTimer(time.Hour), durable: make(chan struct{}), problem: errors.New("it has not been opened yet")}
 	l.flood.init()
 	if c.Dir != "" {
 		var err error
@@ -243,7 +246,13 @@ func (l *Log) enqueue(c *call) error {
 	}
 	l.queue = append(l.queue, c)
 	l.bytes += len(c.buf)
-	l.poke()
+	switch {
+	case !l.gathering:
+		l.poke()
+	case l.gathered():
+		l.gathering = false
+		l.complete <- struct{}{}
+	}
 	return nil
 }
 

@@ -141,24 +141,39 @@ func (v *Verifier) fault(f Fault) int {
 
 // Read checks all lines of r. The error is of reading.
 func (v *Verifier) Read(file string, r io.Reader) error {
+	_, err := v.read(file, r, spot{})
+	return err
+}
+
+// spot is how far a file was read: bytes and lines of it.
+type spot struct {
+	offset int64
+	lines  int
+}
+
+// read goes on from a spot, and returns the end of the last line that has one.
+func (v *Verifier) read(file string, r io.Reader, at spot) (spot, error) {
 	in := bufio.NewReaderSize(r, MaxLine)
 	v.r.Torn = 0
-	for n := 1; ; n++ {
+	for {
 		line, err := in.ReadSlice('\n')
+		size := len(line)
 		switch {
 		case errors.Is(err, io.EOF):
-			v.r.Torn = len(line)
-			return nil
+			v.r.Torn = size
+			return at, nil
 		case errors.Is(err, bufio.ErrBufferFull):
 			for errors.Is(err, bufio.ErrBufferFull) {
-				_, err = in.ReadSlice('\n')
+				line, err = in.ReadSlice('\n')
+				size += len(line)
 			}
-			v.Line(file, n, nil)
+			v.Line(file, at.lines+1, nil)
 		case err != nil:
-			return fmt.Errorf("reading %s: %w", file, err)
+			return at, fmt.Errorf("reading %s: %w", file, err)
 		default:
-			v.Line(file, n, line[:len(line)-1])
+			v.Line(file, at.lines+1, line[:size-1])
 		}
+		at.offset, at.lines = at.offset+int64(size), at.lines+1
 	}
 }
 
@@ -344,20 +359,26 @@ func (v *Verifier) Done() Report {
 func VerifyDir(dir string, c VerifyConfig) (Report, error) {
 	c.Whole = true
 	v := NewVerifier(c)
-	var read uint64 // files
-	for {
+	var newest uint64 // file that was the last when it was read, up to at
+	var at spot
+	for next := uint64(1); ; {
 		files, err := listFiles(dir)
 		if err != nil {
 			return Report{}, fmt.Errorf("verifying %s: %w", dir, err)
 		}
-		files = slices.DeleteFunc(files, func(first uint64) bool { return first <= read })
-		if len(files) == 0 {
-			break // or the member has begun another one meanwhile
+		files = slices.DeleteFunc(files, func(first uint64) bool { return first < next })
+		if len(files) == 0 || len(files) == 1 && files[0] == newest {
+			break // or the member has begun another one meanwhile, and before that written more into this one
 		}
-		read = files[0]
-		err = v.file(filepath.Join(dir, fileName(read)), len(files) == 1)
+		if next = files[0]; next != newest {
+			at = spot{}
+		}
+		at, err = v.file(filepath.Join(dir, fileName(next)), at, len(files) == 1)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // which retention took away meanwhile
 			return Report{}, err
+		}
+		if newest = next; len(files) > 1 {
+			next++
 		}
 	}
 	if names, err := os.ReadDir(dir); err == nil {
@@ -374,36 +395,36 @@ func VerifyDir(dir string, c VerifyConfig) (Report, error) {
 func VerifyFiles(paths []string, c VerifyConfig) (Report, error) {
 	v := NewVerifier(c)
 	for i, path := range paths {
-		if err := v.file(path, i == len(paths)-1); err != nil {
+		if _, err := v.file(path, spot{}, i == len(paths)-1); err != nil {
 			return Report{}, err
 		}
 	}
 	return v.Done(), nil
 }
 
-func (v *Verifier) file(path string, last bool) error {
+func (v *Verifier) file(path string, at spot, last bool) (spot, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return fmt.Errorf("verifying the log: %w", err)
+		return at, fmt.Errorf("verifying the log: %w", err)
 	}
 	defer f.Close()
-	name := filepath.Base(path)
 	var lines io.Reader = f
 	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
 		end, err := dataEnd(f)
 		if err != nil {
-			return fmt.Errorf("verifying the log: %w", err)
+			return at, fmt.Errorf("verifying the log: %w", err)
 		}
-		lines = io.LimitReader(f, end)
+		lines = io.NewSectionReader(f, at.offset, max(0, end-at.offset))
 	}
-	if err := v.Read(name, lines); err != nil {
-		return err
+	name := filepath.Base(path)
+	if at, err = v.read(name, lines, at); err != nil {
+		return at, err
 	}
 	if v.r.Torn > 0 && !last {
 		v.fault(Fault{File: name, Seq: v.last.seq + 1, Kind: Altered, Detail: "the file ends in the middle of a line, and there is another behind it"})
 		v.junk = true
 	}
-	return nil
+	return at, nil
 }
 
 // Hash is the hex of a line's hash, as the record behind it has it.

@@ -11,8 +11,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // This file is the one goroutine that writes.
@@ -64,27 +62,47 @@ func (l *Log) opened() Event {
 	return e
 }
 
-// gatherTime is how long a group waits to become as large as the one before: a sync costs the same for one as for many.
-const gatherTime = 150 * time.Microsecond
+// A sync costs the same for one as for many, so a group waits for the callers that are around: those of the group before, and those
+// that came while it was synced. They are back in moments, or gatherTime is lost once. A caller alone waits for nobody, and a group of
+// gatherBytes is worth its sync as it is.
+const (
+	gatherTime  = 500 * time.Microsecond // an idle process's timers are up to a millisecond late
+	gatherBytes = 16 << 10
+)
 
-func (l *Log) gather(last int) {
-	if last < 2 {
-		return
+// gather reports whether it waited in vain.
+func (l *Log) gather() bool {
+	l.mu.Lock()
+	if len(l.queue) == 0 || l.around < 2 || l.gathered() {
+		l.mu.Unlock()
+		return false
+	}
+	l.gathering = true
+	l.mu.Unlock()
+	l.timer.Reset(gatherTime)
+	select {
+	case <-l.complete:
+		l.timer.Stop()
+		return false
+	case <-l.timer.C:
 	}
 	l.mu.Lock()
-	n := len(l.queue)
-	l.mu.Unlock()
-	if n > 0 && n < last {
-		// Not time.Sleep: with nothing else to do, the runtime's poller rounds it up to a millisecond.
-		ts := unix.NsecToTimespec(int64(gatherTime))
-		_ = unix.Nanosleep(&ts, nil) // cut short by a signal, it gathers less
+	defer l.mu.Unlock()
+	if !l.gathering {
+		<-l.complete // in this moment
+		return false
 	}
+	l.gathering = false
+	return true
 }
+
+// gathered reports whether a group need not wait any longer; l.mu is held.
+func (l *Log) gathered() bool { return len(l.queue) >= l.around || l.bytes >= gatherBytes }
 
 // drain writes what waits, a group at a time.
 func (l *Log) drain() {
 	for {
-		l.gather(l.grouped)
+		vain := l.gather()
 		calls, withdrawn := l.take()
 		if len(withdrawn) > 0 {
 			c := &call{own: true}
@@ -100,11 +118,16 @@ func (l *Log) drain() {
 		if len(calls) == 0 {
 			return
 		}
-		l.grouped = len(calls)
-		if !l.commit(calls) {
-			l.mu.Lock()
+		ok := l.commit(calls)
+		l.mu.Lock()
+		if l.around = len(calls); !vain {
+			l.around += len(l.queue)
+		}
+		if !ok {
 			l.withdrawn = append(withdrawn, l.withdrawn...)
-			l.mu.Unlock()
+		}
+		l.mu.Unlock()
+		if !ok {
 			return
 		}
 		if l.unsigned >= l.cfg.CheckpointRecords {
