@@ -1,10 +1,15 @@
 package ca
 
 import (
+	"bytes"
+	"crypto/x509"
+	"encoding/asn1"
+	"math/big"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"countersign.io/countersign/identity"
@@ -31,6 +36,63 @@ func TestIssueJWT(t *testing.T) {
 	}
 	if aud, ok := claims["aud"].([]any); !ok || len(aud) != 1 || aud[0] != "db" {
 		t.Errorf("audience %v", claims["aud"])
+	}
+}
+
+// TestTokensVerify: whatever the numbers of a signature are, of which one in 128 begins with zeros.
+func TestTokensVerify(t *testing.T) {
+	r := newRig(t)
+	a := r.newJWT(t, ES256, time.Hour)
+	if err := r.set(r.x, a); err != nil {
+		t.Fatal(err)
+	}
+	key, err := x509.ParsePKIXPublicKey(a.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 600 {
+		p, err := r.PrepareJWT(workload(), []string{"db", "<&>\u2028\""}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		svid, err := p.Issue()
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, err := jose.ParseSignedCompact(svid.Token, []jose.SignatureAlgorithm{jose.ES256})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := token.Verify(key); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestRawSignature(t *testing.T) {
+	der := func(r, s *big.Int) []byte {
+		b, err := asn1.Marshal(struct{ R, S *big.Int }{r, s})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	one, top := big.NewInt(1), new(big.Int).Lsh(big.NewInt(255), 248)
+	got, err := rawSignature(der(one, top))
+	if want := append(append(make([]byte, 31), 1, 255), make([]byte, 31)...); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%x, %v", got, err)
+	}
+	for name, b := range map[string][]byte{
+		"nothing":     nil,
+		"more behind": append(der(one, one), 0),
+		"too large":   der(one, new(big.Int).Lsh(one, 256)),
+		"negative":    der(one, big.NewInt(-1)),
+		"zero":        der(big.NewInt(0), one),
+		"cut":         der(one, one)[:4],
+	} {
+		if got, err := rawSignature(b); err == nil {
+			t.Errorf("%s: %x", name, got)
+		}
 	}
 }
 
