@@ -35,6 +35,7 @@ type Log struct {
 // The defaults that more than one command needs.
 const (
 	DefaultPort        = "8443"
+	DefaultServerFile  = "/etc/countersign/server.yaml"
 	DefaultAdminSocket = "/run/countersign/admin.sock"
 	DefaultAgentSocket = "/run/countersign/agent.sock"
 	DefaultDataDir     = "/var/lib/countersign"

@@ -195,3 +195,57 @@ func TestRemoteAdminLosesPower(t *testing.T) {
 		t.Errorf("an agent as an admin: exit code %d: %s", r.code, r.errs)
 	}
 }
+
+// TestCheck: what is wrong with a running installation is found, from the machine of a member and from elsewhere.
+func TestCheck(t *testing.T) {
+	w := newWorld(t, 3, "admin: {ids: [{id: spiffe://"+trustDomain+"/ops/dora, role: reader}]}\n")
+	w.createEntry("-s", "k8s:ns:nobody", "--id", "spiffe://"+trustDomain+"/ops/dora")
+	dir := filepath.Join(w.Dir, "dora")
+	w.admin("x509", "mint", "--id", "spiffe://"+trustDomain+"/ops/dora", "--write", dir)
+	type finding struct{ Severity, Check, Where, What, Todo string }
+	check := func(code int, args ...string) (out []finding) {
+		t.Helper()
+		r := w.countersign(nil, append([]string{"check", "-o", "json"}, args...)...)
+		var rep struct{ Findings []finding }
+		if err := json.Unmarshal([]byte(r.out), &rep); err != nil || r.code != code {
+			t.Fatalf("%v: exit code %d, %v: %s%s", args, r.code, err, r.out, r.errs)
+		}
+		return rep.Findings
+	}
+	has := func(fs []finding, check, where string) bool {
+		for _, f := range fs {
+			if f.Check == check && strings.Contains(f.Where, where) && f.Todo != "" {
+				return true
+			}
+		}
+		return false
+	}
+	m := w.Members[0]
+	here := []string{"--socket", m.Socket, "-c", filepath.Join(m.Dir, "server.yaml")}
+	there := []string{"--member", m.Address, "--svid", dir, "--timeout", "60s"}
+	// A cluster made for a test has its keys in files and no backups; else nothing is wrong with it.
+	known := []string{"--ignore", "kek,backups,disk"}
+	if got := check(0, append(append([]string{}, there...), known...)...); len(got) != 0 {
+		t.Errorf("from elsewhere: %v", got)
+	}
+	if got := check(1, here...); !has(got, "kek", "ca-2") || !has(got, "kek-here", "kek") || !has(got, "backups", "cluster") {
+		t.Errorf("here: %v", got)
+	}
+	if err := os.Chmod(filepath.Join(m.Dir, "data", "keyring"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.Members[2].Kill()
+	w.eventually("the member that is down is found", func() error {
+		if got := check(1, append(append([]string{}, there...), known...)...); !has(got, "members", "ca-3") || !has(got, "members", "cluster") {
+			return fmt.Errorf("found %v", got)
+		}
+		return nil
+	})
+	if got := check(1, append(append([]string{}, here...), known...)...); !has(got, "files", "keyring") || !has(got, "members", "ca-3") {
+		t.Errorf("here: %v", got)
+	}
+	// The table is for people.
+	if r := w.countersign(nil, append([]string{"check"}, there...)...); r.code != 1 || !strings.Contains(r.out, "WHAT TO DO") {
+		t.Errorf("exit code %d: %s%s", r.code, r.out, r.errs)
+	}
+}

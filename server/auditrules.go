@@ -124,6 +124,10 @@ func adminAuditRule(method string) (auditRule, bool) {
 		return auditRule{action: "admin.rewrap_seal", mode: auditChange}, true
 	case adminv1.Admin_SaveBackup_FullMethodName:
 		return auditRule{action: "admin.save_backup", mode: auditChange}, true
+	case adminv1.Checkup_Examine_FullMethodName:
+		return auditRule{action: "admin.examine", mode: auditRescue}, true
+	case adminv1.Checkup_Clock_FullMethodName:
+		return auditRule{action: "admin.clock", mode: auditRescue}, true
 	case adminv1.Mint_MintX509_FullMethodName:
 		return auditRule{action: audit.MintX509, mode: auditWalk, on: func(req any) []string { return []string{req.(*adminv1.MintX509Request).SpiffeId} }}, true
 	case adminv1.Mint_MintJWT_FullMethodName:

@@ -69,6 +69,10 @@ type MemberInfo struct {
 	NotIssuingBecause string    `json:"not_issuing_because,omitempty"`
 	KEK               string    `json:"kek,omitempty"` // the URI of its key-encryption key
 	SealTerms         []uint32  `json:"seal_terms,omitempty"`
+	Now               time.Time `json:"now,omitzero"`           // by its clock, as it tells this
+	BackupEvery       int64     `json:"backup_every,omitempty"` // seconds between its scheduled backups; 0: it makes none
+	BackupAt          time.Time `json:"backup_at,omitzero"`     // of the newest; zero: none
+	Admins            string    `json:"admins,omitempty"`       // see AdminsHash
 }
 
 const (
@@ -81,8 +85,7 @@ const (
 
 // Marshal encodes what a member tells, in 4 KiB at the most: long texts are cut, and of many terms the oldest left out.
 func (i MemberInfo) Marshal() ([]byte, error) {
-	i.Version, i.NotIssuingBecause, i.KEK = infoText(i.Version), infoText(i.NotIssuingBecause), infoText(i.KEK)
-	i.SealTerms = i.SealTerms[max(0, len(i.SealTerms)-maxInfoTerms):]
+	i.bound()
 	raw, err := json.Marshal(i)
 	if err != nil {
 		return nil, fmt.Errorf("encoding what this member tells of itself: %w", err)
@@ -104,9 +107,17 @@ func ParseMemberInfo(raw []byte) (MemberInfo, error) {
 		return MemberInfo{Level: 1}, fmt.Errorf("%w: reading what a member tells of itself: %v", identity.ErrInvalid, err)
 	}
 	i.Level = max(i.Level, 1)
+	i.bound()
+	return i, nil
+}
+
+func (i *MemberInfo) bound() {
 	i.Version, i.NotIssuingBecause, i.KEK = infoText(i.Version), infoText(i.NotIssuingBecause), infoText(i.KEK)
 	i.SealTerms = i.SealTerms[max(0, len(i.SealTerms)-maxInfoTerms):]
-	return i, nil
+	if len(i.Admins) > adminsHashBytes {
+		i.Admins = ""
+	}
+	i.BackupEvery = min(max(i.BackupEvery, 0), int64(10*365*24*time.Hour/time.Second))
 }
 
 // infoText is a text that may be shown on a terminal: one line, of a bounded length.
@@ -187,7 +198,8 @@ func (s *Server) readBarrier(ctx context.Context, method string) error {
 			return fmt.Errorf("asking the leader whether this member knows all: %w", err)
 		}
 	case adminv1.Admin_Status_FullMethodName,
-		adminv1.Admin_ClusterStatus_FullMethodName:
+		adminv1.Admin_ClusterStatus_FullMethodName,
+		adminv1.Checkup_Examine_FullMethodName:
 		// These are asked when there is no leader: what they answer says so.
 		ctx, cancel := context.WithTimeout(ctx, statusWait)
 		defer cancel()

@@ -2,7 +2,11 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -192,6 +196,23 @@ func (c *Config) checkAdmins() error {
 		}
 	}
 	return nil
+}
+
+// adminsHashBytes is how long an AdminsHash is.
+const adminsHashBytes = 32
+
+// AdminsHash tells configured admins from others, and nothing else about them; empty for none.
+func AdminsHash(roles map[spiffeid.ID]identity.AdminRole) string {
+	if len(roles) == 0 {
+		return ""
+	}
+	var all []string
+	for id, role := range roles {
+		all = append(all, id.String()+" "+string(role)+"\n")
+	}
+	slices.Sort(all)
+	sum := sha256.Sum256([]byte(strings.Join(all, "")))
+	return hex.EncodeToString(sum[:adminsHashBytes/2])
 }
 
 // wantsStale reports whether the caller asked for what this member knows, without a leader.

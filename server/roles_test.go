@@ -34,7 +34,7 @@ func roleOfRPC() map[string]identity.AdminRole {
 	out := map[string]identity.AdminRole{}
 	for role, methods := range map[identity.AdminRole]string{
 		identity.AdminReader: `Admin/ListKubeClusters Admin/GetEntry Admin/ListEntries Admin/ListAgents Admin/GetAgent Admin/GetBundle Admin/Status
-			Admin/ClusterStatus Admin/ListAuthorities Admin/SealStatus Admin/QueryAudit Trust/GetRotation Trust/WatchRotation
+			Admin/ClusterStatus Admin/ListAuthorities Admin/SealStatus Admin/QueryAudit Checkup/Examine Checkup/Clock Trust/GetRotation Trust/WatchRotation
 			Federation/ListFederations Federation/GetFederation Federation/DescribeEndpoint Health/Check Health/List Health/Watch ServerReflection/ServerReflectionInfo`,
 		identity.AdminOperator: `Admin/CreateToken Admin/CreateEntry Admin/UpdateEntry Admin/DeleteEntry Admin/BanAgent Admin/EvictAgent Admin/TransferLeader
 			Federation/RefreshFederation Mint/MintX509 Mint/MintJWT`,

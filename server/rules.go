@@ -82,6 +82,8 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Federation_ListFederations_FullMethodName,
 		adminv1.Federation_GetFederation_FullMethodName,
 		adminv1.Federation_DescribeEndpoint_FullMethodName,
+		adminv1.Checkup_Examine_FullMethodName,
+		adminv1.Checkup_Clock_FullMethodName,
 		"/grpc.health.v1.Health/List",
 		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":

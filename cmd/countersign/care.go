@@ -108,6 +108,12 @@ func (m *member) info() []byte {
 	if err := m.ready(); err != nil {
 		i.Issuing, i.NotIssuingBecause = false, err.Error()
 	}
+	i.Now, i.Admins = m.hooks.now().UTC(), server.AdminsHash(m.adminRoles())
+	if m.serving.Load() != nil && m.backups != nil { // before, it may be being set
+		b := m.backups
+		every, newest := b.Newest()
+		i.BackupEvery, i.BackupAt = max(int64(every/time.Second), 1), newest.UTC()
+	}
 	if k := m.data.keyring; k != nil {
 		i.SealTerms = k.Terms()
 	}

@@ -112,6 +112,13 @@ func (s *schedule) first() time.Duration {
 	return min(max(due.Sub(s.now()), 0), s.every) + s.jitter(min(s.every/10, time.Minute))
 }
 
+// Newest is how often backups are made, and of when the newest is; zero: there is none.
+func (s *schedule) Newest() (every time.Duration, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.every, s.newest
+}
+
 // Health says why backups are not made as they should be; nil if they are.
 func (s *schedule) Health() error {
 	s.mu.Lock()
