@@ -104,17 +104,9 @@ func newID() string { return rand.Text() }
 
 // AddKubeCluster registers a kube cluster.
 func (s adminService) AddKubeCluster(ctx context.Context, req *adminv1.KubeCluster) (*adminv1.KubeCluster, error) {
-	k := api.KubeClusterFromWire(req)
-	if err := identity.CheckKubeCluster(s.cfg.TrustDomain, k); err != nil {
+	k, err := s.kubeFromWire(req)
+	if err != nil {
 		return nil, err
-	}
-	if err := s.checkUsable(*k); err != nil {
-		return nil, err
-	}
-	if req.DefaultId == "" {
-		if err := s.checkOwnDefault(k); err != nil {
-			return nil, err
-		}
 	}
 	kept, err := s.cfg.Writes.PutKubeCluster(ctx, *k, req.Replace)
 	if err != nil {
@@ -122,6 +114,21 @@ func (s adminService) AddKubeCluster(ctx context.Context, req *adminv1.KubeClust
 	}
 	s.cfg.Log.Info("kube cluster registered", "kube_cluster", k.Name, "issuer", identity.RedactURL(k.Issuer), "replaced", req.Replace)
 	return api.KubeClusterToWire(&kept), nil
+}
+
+// kubeFromWire makes all checks but whether there is one of that name.
+func (s *Server) kubeFromWire(req *adminv1.KubeCluster) (*identity.KubeCluster, error) {
+	k := api.KubeClusterFromWire(req)
+	if err := identity.CheckKubeCluster(s.cfg.TrustDomain, k); err != nil {
+		return nil, err
+	}
+	if err := s.checkUsable(*k); err != nil {
+		return nil, err
+	}
+	if req.DefaultId != "" {
+		return k, nil
+	}
+	return k, s.checkOwnDefault(k)
 }
 
 // checkOwnDefault keeps a cluster from being given the same identities as another by nobody's decision: who rules the one

@@ -124,6 +124,15 @@ func adminAuditRule(method string) (auditRule, bool) {
 		return auditRule{action: "admin.rewrap_seal", mode: auditChange}, true
 	case adminv1.Admin_SaveBackup_FullMethodName:
 		return auditRule{action: "admin.save_backup", mode: auditChange}, true
+	case adminv1.Preview_CreateEntry_FullMethodName, adminv1.Preview_UpdateEntry_FullMethodName:
+		return auditRule{action: "admin.preview_entry", mode: auditRead, on: entrySubjects, with: entryDetails}, true
+	case adminv1.Preview_AddKubeCluster_FullMethodName:
+		return auditRule{action: "admin.preview_kube_cluster", mode: auditRead, on: func(req any) []string { return []string{req.(*adminv1.KubeCluster).Name} }, with: kubeDetails}, true
+	case adminv1.Preview_DeleteEntry_FullMethodName, adminv1.Preview_DeleteKubeCluster_FullMethodName, adminv1.Preview_BanAgent_FullMethodName,
+		adminv1.Preview_EvictAgent_FullMethodName, adminv1.Preview_RemoveMember_FullMethodName:
+		return auditRule{action: "admin.preview", mode: auditRead, on: named}, true
+	case adminv1.Preview_RotateSeal_FullMethodName:
+		return auditRule{action: "admin.preview", mode: auditRead}, true
 	case adminv1.Checkup_Examine_FullMethodName:
 		return auditRule{action: "admin.examine", mode: auditRescue}, true
 	case adminv1.Checkup_Clock_FullMethodName:

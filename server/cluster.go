@@ -180,7 +180,16 @@ func (s *Server) readBarrier(ctx context.Context, method string) error {
 		adminv1.Admin_SealStatus_FullMethodName,
 		adminv1.Federation_ListFederations_FullMethodName,
 		adminv1.Federation_GetFederation_FullMethodName,
-		adminv1.Federation_DescribeEndpoint_FullMethodName:
+		adminv1.Federation_DescribeEndpoint_FullMethodName,
+		adminv1.Preview_CreateEntry_FullMethodName,
+		adminv1.Preview_UpdateEntry_FullMethodName,
+		adminv1.Preview_DeleteEntry_FullMethodName,
+		adminv1.Preview_AddKubeCluster_FullMethodName,
+		adminv1.Preview_DeleteKubeCluster_FullMethodName,
+		adminv1.Preview_BanAgent_FullMethodName,
+		adminv1.Preview_EvictAgent_FullMethodName,
+		adminv1.Preview_RemoveMember_FullMethodName,
+		adminv1.Preview_RotateSeal_FullMethodName:
 		if wantsStale(ctx) {
 			return nil
 		}

@@ -37,8 +37,9 @@ func roleOfRPC() map[string]identity.AdminRole {
 			Admin/ClusterStatus Admin/ListAuthorities Admin/SealStatus Admin/QueryAudit Checkup/Examine Checkup/Clock Trust/GetRotation Trust/WatchRotation
 			Federation/ListFederations Federation/GetFederation Federation/DescribeEndpoint Health/Check Health/List Health/Watch ServerReflection/ServerReflectionInfo`,
 		identity.AdminOperator: `Admin/CreateToken Admin/CreateEntry Admin/UpdateEntry Admin/DeleteEntry Admin/BanAgent Admin/EvictAgent Admin/TransferLeader
-			Federation/RefreshFederation Mint/MintX509 Mint/MintJWT`,
+			Federation/RefreshFederation Preview/CreateEntry Preview/UpdateEntry Preview/DeleteEntry Preview/BanAgent Preview/EvictAgent Mint/MintX509 Mint/MintJWT`,
 		identity.AdminSecurity: `Admin/AddKubeCluster Admin/DeleteKubeCluster Admin/RotateSeal Admin/RewrapSeal Admin/RemoveMember Admin/SaveBackup
+			Preview/AddKubeCluster Preview/DeleteKubeCluster Preview/RemoveMember Preview/RotateSeal
 			Federation/CreateFederation Federation/UpdateFederation Federation/DeleteFederation Trust/Rotate Trust/ChangeRotation Trust/Rollback Trust/PrepareAuthority Trust/ActivateAuthority Trust/TaintAuthority Trust/RevokeAuthority`,
 	} {
 		for _, m := range strings.Fields(methods) {

@@ -97,6 +97,11 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Admin_EvictAgent_FullMethodName,
 		adminv1.Admin_TransferLeader_FullMethodName,
 		adminv1.Federation_RefreshFederation_FullMethodName,
+		adminv1.Preview_CreateEntry_FullMethodName, // a preview needs what the change does: it tells as much
+		adminv1.Preview_UpdateEntry_FullMethodName,
+		adminv1.Preview_DeleteEntry_FullMethodName,
+		adminv1.Preview_BanAgent_FullMethodName,
+		adminv1.Preview_EvictAgent_FullMethodName,
 		adminv1.Mint_MintX509_FullMethodName,
 		adminv1.Mint_MintJWT_FullMethodName:
 		return identity.AdminOperator
@@ -116,7 +121,11 @@ func adminRoleFor(method string) identity.AdminRole {
 		adminv1.Trust_PrepareAuthority_FullMethodName,
 		adminv1.Trust_ActivateAuthority_FullMethodName,
 		adminv1.Trust_TaintAuthority_FullMethodName,
-		adminv1.Trust_RevokeAuthority_FullMethodName:
+		adminv1.Trust_RevokeAuthority_FullMethodName,
+		adminv1.Preview_AddKubeCluster_FullMethodName,
+		adminv1.Preview_DeleteKubeCluster_FullMethodName,
+		adminv1.Preview_RemoveMember_FullMethodName,
+		adminv1.Preview_RotateSeal_FullMethodName:
 		return identity.AdminSecurity
 	}
 	return ""

@@ -209,6 +209,7 @@ func New(cfg Config) (*Server, error) {
 		adminv1.RegisterTrustServer(g, trustService{Server: s})
 		adminv1.RegisterMintServer(g, mintService{Server: s})
 		adminv1.RegisterCheckupServer(g, checkupService{Server: s})
+		adminv1.RegisterPreviewServer(g, previewService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
 		reflection.Register(g)
 	}

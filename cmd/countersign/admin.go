@@ -72,6 +72,7 @@ func kubeCommand(a *admin) *cobra.Command {
 	a.flags(cmd)
 	var k adminv1.KubeCluster
 	var jwksFile, caFile string
+	var dryAdd, dryDelete *bool
 	add := &cobra.Command{
 		Use:   "add NAME",
 		Short: "Register a kube cluster",
@@ -91,6 +92,11 @@ ends within a second.`,
 			if k.CaPem, err = readInput(caFile); err != nil {
 				return err
 			}
+			if *dryAdd {
+				return a.preview(cmd, func(ctx context.Context, c adminv1.PreviewClient) (*adminv1.PreviewResponse, error) {
+					return c.AddKubeCluster(ctx, &k)
+				})
+			}
 			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
 				res, err := c.AddKubeCluster(ctx, &k)
 				if err != nil {
@@ -100,6 +106,7 @@ ends within a second.`,
 			})
 		},
 	}
+	dryAdd = dryRun(add)
 	f := add.Flags()
 	f.StringVar(&k.Issuer, "issuer", "", "the exact issuer of its service account tokens")
 	f.StringVar(&k.Audience, "audience", "countersign", "the audience our tokens must be bound to")
@@ -127,14 +134,17 @@ ends within a second.`,
 	}
 	del := &cobra.Command{
 		Use: "delete NAME", Short: "Forget a kube cluster: its pods and agents get nothing more", Args: cobra.ExactArgs(1),
-		Example: "  countersign kube delete edge",
+		Example: "  countersign kube delete edge --dry-run\n  countersign kube delete edge", ValidArgsFunction: a.completeKube,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
-				_, err := c.DeleteKubeCluster(ctx, &adminv1.NameRequest{Name: args[0]})
+			return a.named(cmd, *dryDelete, args[0], func(ctx context.Context, c adminv1.AdminClient, r *adminv1.NameRequest) error {
+				_, err := c.DeleteKubeCluster(ctx, r)
 				return err
+			}, func(ctx context.Context, c adminv1.PreviewClient, r *adminv1.NameRequest) (*adminv1.PreviewResponse, error) {
+				return c.DeleteKubeCluster(ctx, r)
 			})
 		},
 	}
+	dryDelete = dryRun(del)
 	cmd.AddCommand(add, list, del)
 	return cmd
 }
@@ -160,6 +170,7 @@ func kubeTable(ks ...*adminv1.KubeCluster) cli.Table {
 func agentCommand(a *admin) *cobra.Command {
 	cmd := &cobra.Command{Use: "agent", Short: "See and judge node agents"}
 	a.flags(cmd)
+	var dryBan, dryEvict *bool
 	list := &cobra.Command{
 		Use: "list", Short: "List the attested agents", Args: cobra.NoArgs, Example: "  countersign agent list",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -196,41 +207,33 @@ func agentCommand(a *admin) *cobra.Command {
 		Use: "ban SPIFFE-ID", Short: "Shut an agent out for good: it cannot attest again", Args: cobra.ExactArgs(1),
 		Example: "  countersign agent ban spiffe://example.org/countersign/agent/kube/prod/node-7",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
-				_, err := c.BanAgent(ctx, &adminv1.NameRequest{Name: args[0]})
+			return a.named(cmd, *dryBan, args[0], func(ctx context.Context, c adminv1.AdminClient, r *adminv1.NameRequest) error {
+				_, err := c.BanAgent(ctx, r)
 				return err
+			}, func(ctx context.Context, c adminv1.PreviewClient, r *adminv1.NameRequest) (*adminv1.PreviewResponse, error) {
+				return c.BanAgent(ctx, r)
 			})
 		},
 	}
+	dryBan = dryRun(ban)
 	evict := &cobra.Command{
 		Use: "evict SPIFFE-ID", Short: "Forget an agent: it must attest again", Args: cobra.ExactArgs(1),
 		Example: "  countersign agent evict spiffe://example.org/countersign/agent/join/1f3a",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
-				_, err := c.EvictAgent(ctx, &adminv1.NameRequest{Name: args[0]})
+			return a.named(cmd, *dryEvict, args[0], func(ctx context.Context, c adminv1.AdminClient, r *adminv1.NameRequest) error {
+				_, err := c.EvictAgent(ctx, r)
 				return err
+			}, func(ctx context.Context, c adminv1.PreviewClient, r *adminv1.NameRequest) (*adminv1.PreviewResponse, error) {
+				return c.EvictAgent(ctx, r)
 			})
 		},
 	}
+	dryEvict = dryRun(evict)
 	for _, c := range []*cobra.Command{show, ban, evict} {
 		c.ValidArgsFunction = a.completeAgents
 	}
 	cmd.AddCommand(list, show, ban, evict)
 	return cmd
-}
-
-func (a *admin) completeAgents(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	var out []string
-	if len(args) == 0 {
-		_ = a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
-			res, err := c.ListAgents(ctx, &adminv1.ListRequest{PageSize: 1000})
-			for _, g := range res.GetAgents() {
-				out = append(out, g.Id)
-			}
-			return err
-		})
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
 }
 
 func agentTable(agents ...*adminv1.Agent) cli.Table {

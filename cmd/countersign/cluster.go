@@ -60,14 +60,20 @@ The exit code is 0 if all is well, 1 if something is not, 5 if no member answers
 			})
 		},
 	}
+	var dry *bool
 	remove := &cobra.Command{
 		Use: "remove NAME", Short: "Remove a member for good", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeMembers,
 		Long: `Remove a member for good. Its data is of no use to it any more: to take part again it needs an empty data_dir and a new
 join token. A removal after which no majority of members would be up is refused.
 
 Whoever has the removed member's disk and its key-encryption key can still open the authorities' keys: see docs/OPERATIONS.md.`,
-		Example: "  countersign cluster remove ca-3",
+		Example: "  countersign cluster remove ca-3 --dry-run\n  countersign cluster remove ca-3",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if *dry {
+				return a.preview(cmd, func(ctx context.Context, c adminv1.PreviewClient) (*adminv1.PreviewResponse, error) {
+					return c.RemoveMember(ctx, &adminv1.NameRequest{Name: args[0]})
+				})
+			}
 			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
 				if _, err := c.RemoveMember(ctx, &adminv1.NameRequest{Name: args[0]}); err != nil {
 					return err
@@ -77,6 +83,7 @@ Whoever has the removed member's disk and its key-encryption key can still open 
 			})
 		},
 	}
+	dry = dryRun(remove)
 	transfer := &cobra.Command{
 		Use: "transfer-leader [NAME]", Short: "Let another member lead", Args: cobra.MaximumNArgs(1), ValidArgsFunction: a.completeMembers,
 		Long:    "Let another member lead: the named one, or whoever is most up to date. A member that is stopped does this by itself.",
@@ -90,23 +97,6 @@ Whoever has the removed member's disk and its key-encryption key can still open 
 	}
 	cmd.AddCommand(status, members, remove, transfer, recoverCommand())
 	return cmd
-}
-
-// completeMembers asks the live cluster for the names.
-func (a *admin) completeMembers(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	if len(args) > 0 {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var names []string
-	a.timeout = min(a.timeout, 3*time.Second) // somebody waits at the prompt
-	_ = a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
-		res, err := c.Status(ctx, &adminv1.Empty{})
-		for _, m := range res.GetMembers() {
-			names = append(names, m.Id+"\t"+role(m.Voter, m.Leader)+" at "+m.Address)
-		}
-		return err
-	})
-	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
 func role(voter, leader bool) string {

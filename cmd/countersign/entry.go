@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -34,10 +35,11 @@ Placeholders such as {k8s:ns} in the ID and the DNS names are filled from the wo
 type entryFlags struct {
 	e                *adminv1.Entry
 	x509, jwt, after time.Duration
+	dry              *bool
 }
 
 func (f *entryFlags) add(a *admin, cmd *cobra.Command) {
-	f.e = &adminv1.Entry{}
+	f.e, f.dry = &adminv1.Entry{}, dryRun(cmd)
 	p := cmd.Flags()
 	p.StringSliceVarP(&f.e.Selectors, "selector", "s", nil, "type:name:value that the workload must have (repeatable: all must match)")
 	p.StringVar(&f.e.SpiffeId, "id", "", "the SPIFFE ID, or a template of it")
@@ -85,6 +87,11 @@ func entryCreate(a *admin) *cobra.Command {
   countersign entry create -s unix:user:postgres -s agent:kind:join_token --id spiffe://example.org/db --x509-ttl 30m`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.times()
+			if *f.dry {
+				return a.preview(cmd, func(ctx context.Context, c adminv1.PreviewClient) (*adminv1.PreviewResponse, error) {
+					return c.CreateEntry(ctx, f.e)
+				})
+			}
 			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
 				res, err := c.CreateEntry(ctx, f.e)
 				if err != nil {
@@ -107,12 +114,18 @@ func entryUpdate(a *admin) *cobra.Command {
 		ValidArgsFunction: a.completeEntries,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f.times()
-			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
+			return a.connect(cmd, func(ctx context.Context, conn *grpc.ClientConn) error {
+				c := adminv1.NewAdminClient(conn)
 				e, err := c.GetEntry(ctx, &adminv1.NameRequest{Name: args[0]})
 				if err != nil {
 					return err
 				}
 				f.merge(cmd, e)
+				if *f.dry {
+					return a.previewOn(ctx, cmd, conn, func(ctx context.Context, c adminv1.PreviewClient) (*adminv1.PreviewResponse, error) {
+						return c.UpdateEntry(ctx, e)
+					})
+				}
 				// e.Revision goes back: a change by somebody else in between is refused, not overwritten.
 				res, err := c.UpdateEntry(ctx, e)
 				if err != nil {
@@ -195,30 +208,21 @@ func warn(cmd *cobra.Command, e *adminv1.Entry) {
 }
 
 func entryDelete(a *admin) *cobra.Command {
-	return &cobra.Command{
+	var dry *bool
+	cmd := &cobra.Command{
 		Use: "delete ENTRY-ID", Short: "Delete an entry: its workloads lose the identity at once", Args: cobra.ExactArgs(1),
-		Example: "  countersign entry delete 7c1e0f", ValidArgsFunction: a.completeEntries,
+		Example: "  countersign entry delete 7c1e0f --dry-run\n  countersign entry delete 7c1e0f", ValidArgsFunction: a.completeEntries,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
-				_, err := c.DeleteEntry(ctx, &adminv1.NameRequest{Name: args[0]})
+			return a.named(cmd, *dry, args[0], func(ctx context.Context, c adminv1.AdminClient, r *adminv1.NameRequest) error {
+				_, err := c.DeleteEntry(ctx, r)
 				return err
+			}, func(ctx context.Context, c adminv1.PreviewClient, r *adminv1.NameRequest) (*adminv1.PreviewResponse, error) {
+				return c.DeleteEntry(ctx, r)
 			})
 		},
 	}
-}
-
-func (a *admin) completeEntries(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	var out []string
-	if len(args) == 0 {
-		_ = a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error {
-			res, err := c.ListEntries(ctx, &adminv1.ListRequest{PageSize: 1000})
-			for _, e := range res.GetEntries() {
-				out = append(out, e.Id+"\t"+e.SpiffeId)
-			}
-			return err
-		})
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+	dry = dryRun(cmd)
+	return cmd
 }
 
 func entryTable(entries ...*adminv1.Entry) cli.Table {

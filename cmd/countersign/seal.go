@@ -44,6 +44,7 @@ of its own, seal.key. docs/SEALING.md says more.`,
 			})
 		},
 	}
+	var dry *bool
 	rotate := &cobra.Command{
 		Use: "rotate", Short: "Make a new data key and seal everything anew under it", Args: cobra.NoArgs,
 		Long: `Make a new data key, give it to every member, and seal everything anew under it. Issuance goes on meanwhile. Every member
@@ -51,13 +52,19 @@ on the list must get the key first: one that is down is waited for, or removed (
 ends early, by --timeout (5m unless it is given) or Ctrl-C, the rotation goes on; run it again to watch it.
 
 Older data keys stay, to open old logs, snapshots and backups.`,
-		Example: "  countersign seal rotate\n  countersign seal rotate --timeout 10m -o json",
+		Example: "  countersign seal rotate --dry-run\n  countersign seal rotate\n  countersign seal rotate --timeout 10m -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if *dry {
+				return a.preview(cmd, func(ctx context.Context, c adminv1.PreviewClient) (*adminv1.PreviewResponse, error) {
+					return c.RotateSeal(ctx, &adminv1.Empty{})
+				})
+			}
 			return sealProgress(cmd, a, func(ctx context.Context, c adminv1.AdminClient) (grpc.ServerStreamingClient[adminv1.SealProgress], error) {
 				return c.RotateSeal(ctx, &adminv1.Empty{})
 			})
 		},
 	}
+	dry = dryRun(rotate)
 	rewrap := &cobra.Command{
 		Use: "rewrap", Short: "Wrap this member's data keys anew, and seal anew what is under an old one", Args: cobra.NoArgs,
 		Long: `Wrap the data keys of the member that is asked under its present seal.key again, such as after a new version of that key
