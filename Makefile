@@ -4,7 +4,7 @@ GO    ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: help demo test build race fuzz lint integration bench generate clean
+.PHONY: help demo test build race fuzz lint integration bench generate man clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,10 @@ generate: ## Go from the .proto files (needs protoc)
 	@d=$$(mktemp -d) && GOBIN=$$d $(GO) install $(PROTOC_GEN_GO) && GOBIN=$$d $(GO) install $(PROTOC_GEN_GO_GRPC) && \
 	PATH=$$d:$$PATH protoc -I . --go_out=. --go_opt=module=countersign.io/countersign --go-grpc_out=. --go-grpc_opt=module=countersign.io/countersign api/*/v1/*.proto; \
 	rm -rf $$d
+
+MANDIR ?= $(CURDIR)/bin/man/man1
+man: ## Man pages of every command, into MANDIR (default bin/man/man1)
+	$(GO) test -count 1 -run '^TestManPages$$' ./cmd/countersign ./cmd/countersign-agent -args -man $(MANDIR) -manversion $(VERSION)
 
 clean: ## Remove what was built
 	rm -rf bin integration/kube/bin

@@ -88,6 +88,29 @@ func TestRemoteAdmin(t *testing.T) {
 	if tok := ok("token", "create", "--agent"); len(tok) < 40 {
 		t.Errorf("token %q", tok)
 	}
+	// The shell offers what is there, from afar too.
+	if r := w.countersign([]string{"SPIFFE_ENDPOINT_SOCKET=" + a.Endpoint()}, "__complete", "entry", "show", "--member", servers, ""); !strings.Contains(r.out, made.ID) {
+		t.Errorf("completing an entry's name: %s%s", r.out, r.errs)
+	}
+	if out, err := exec.CommandContext(w.ctx, filepath.Join(bin, "countersign-agent"), "__complete", "fetch", "jwt", "--endpoint", a.Endpoint(), "--id", "").Output(); err != nil || !strings.Contains(string(out), id) {
+		t.Errorf("completing an identity: %s, %v", out, err)
+	}
+	// What would happen is said, and does not.
+	if out := ok("entry", "delete", made.ID, "--dry-run"); !strings.Contains(out, "would be deleted") || !strings.Contains(out, "nothing was changed") {
+		t.Errorf("a dry run says %s", out)
+	}
+	ok("entry", "show", made.ID)
+	if r := as("entry", "delete", "none", "--dry-run"); r.code != 3 {
+		t.Errorf("a dry run on nothing: exit code %d: %s", r.code, r.errs)
+	}
+	refused("needs the role security", "entry", "create", "-s", "k8s:ns:mine", "--id", "spiffe://"+trustDomain+"/mine", "--admin", "--dry-run")
+	refused("needs the role security", "seal", "rotate", "--dry-run")
+	if out := w.admin("seal", "rotate", "--dry-run"); !strings.Contains(out, "data key 2 would be made") {
+		t.Errorf("a dry run says %s", out)
+	}
+	if out := w.admin("cluster", "remove", "ca-3", "--dry-run", "-o", "json"); !strings.Contains(out, `"effects"`) {
+		t.Errorf("a dry run says %s", out)
+	}
 	// What is for higher roles.
 	for _, args := range [][]string{
 		{"seal", "rotate"}, {"token", "create", "--server"}, {"cluster", "remove", "ca-3"}, {"backup", "save", filepath.Join(w.Dir, "stolen")},

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -72,5 +74,21 @@ func TestCompletionScripts(t *testing.T) {
 	}
 	if code, out, _ := command("__complete", "fetch", "x509", "-o", ""); code != cli.ExitOK || !strings.Contains(out, "yaml") {
 		t.Errorf("completing -o: exit code %d: %s", code, out)
+	}
+}
+
+// Nobody at the prompt waits for an agent that does not answer, or reads an error.
+func TestCompletionDoesNotWait(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, path := range []string{sock, sock + ".none"} {
+		code, out, _ := command("__complete", "fetch", "jwt", "--timeout", "10m", "--endpoint", "unix://"+path, "--id", "")
+		if code != cli.ExitOK || strings.TrimSpace(out) != ":4" {
+			t.Errorf("exit code %d: %q", code, out)
+		}
 	}
 }

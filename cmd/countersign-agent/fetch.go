@@ -145,6 +145,7 @@ func fetchJWT(w *workload) *cobra.Command {
 	}
 	cmd.Flags().StringSliceVar(&audience, "audience", nil, "who is to accept the token (repeatable)")
 	cmd.Flags().StringVar(&id, "id", "", "only this SPIFFE ID (default all)")
+	_ = cmd.RegisterFlagCompletionFunc("id", w.completeIDs)
 	d.flags(cmd)
 	return cmd
 }

@@ -56,6 +56,27 @@ func (w *workload) connect(ctx context.Context, f func(*workloadapi.Client) erro
 	return err
 }
 
+// completeTime is how long somebody at the prompt waits for names.
+const completeTime = 2 * time.Second
+
+// completeIDs asks the agent for the caller's identities. If it does not answer in time there are none: a shell cannot show an error.
+func (w *workload) completeIDs(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	ctx, cancel := context.WithTimeout(cmd.Context(), completeTime)
+	defer cancel()
+	var out []string
+	_ = w.connect(ctx, func(c *workloadapi.Client) error {
+		x, err := c.FetchX509Context(ctx)
+		if err != nil {
+			return err
+		}
+		for _, s := range x.SVIDs {
+			out = append(out, s.ID.String())
+		}
+		return nil
+	})
+	return out, cobra.ShellCompDirectiveNoFileComp
+}
+
 // endpoint finds the Workload API: as told, by the environment, or the first socket that is there.
 func endpoint(told string) (string, error) {
 	from := "--endpoint"

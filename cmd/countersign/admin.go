@@ -82,7 +82,7 @@ ends within a second.`,
 		Example: `  countersign kube add prod --issuer https://kubernetes.default.svc.cluster.local --kubeconfig in-cluster --token-review
   kubectl get --raw /openid/v1/jwks > jwks.json
   countersign kube add edge --issuer https://edge.example.org --jwks-file jwks.json --default-id '/edge/ns/{k8s:ns}/sa/{k8s:sa}'`,
-		Args: cobra.ExactArgs(1),
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeKube, // one that is there is for --replace
 		RunE: func(cmd *cobra.Command, args []string) error {
 			k.Name = args[0]
 			var err error

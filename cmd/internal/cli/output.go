@@ -127,6 +127,24 @@ const (
 	ExitUnavailable = 5 // try again
 )
 
+// Code is an exit code and what it means.
+type Code struct {
+	Code    int
+	Meaning string
+}
+
+// ExitCodes are all of them, for docs/CLI.md.
+func ExitCodes() []Code {
+	return []Code{
+		{ExitOK, "done; of `cluster status` and `check`: all is well"},
+		{ExitFailure, "it failed, and the message says why; of `cluster status` and `check`: somebody should look after something; of `audit verify`: a record was altered"},
+		{ExitUsage, "the command line, a file or a value is wrong: nothing was done"},
+		{ExitNotFound, "what was named is not there"},
+		{ExitDenied, "not authenticated, or not permitted"},
+		{ExitUnavailable, "nobody answers, or cannot decide now: try again, or another member"},
+	}
+}
+
 // ExitCode maps an error to a stable exit code.
 func ExitCode(err error) int {
 	switch {
