@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,8 +44,10 @@ const (
 	ackTime = 5 * time.Second
 	// maxFindings of one check are told one by one.
 	maxFindings = 20
-	// maxExamined is how many agents are looked at.
-	maxExamined = 100_000
+	// absentTime is how long an agent may be away: nodes restart.
+	absentTime = 10 * time.Minute
+	// rotationTime is how long a phase of a rotation may wait for somebody.
+	rotationTime = 30 * time.Minute
 )
 
 const (
@@ -98,7 +101,7 @@ func (s checkupService) Examine(ctx context.Context, _ *adminv1.ExamineRequest) 
 		run  func(context.Context)
 	}{
 		{"members", x.members}, {"issuing", x.issuing}, {"clock", x.clocks}, {"versions", x.versions}, {"disk", x.disks}, {"authorities", x.authorities},
-		{"seal", x.sealed}, {"kek", x.keks}, {"backups", x.backups}, {"admins", x.admins}, {"agents", x.agentsBehind},
+		{"seal", x.sealed}, {"kek", x.keks}, {"backups", x.backups}, {"admins", x.admins}, {"rotation", x.stuck}, {"agents", x.agentsBehind},
 	} {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -329,47 +332,82 @@ func (x *examination) admins(context.Context) {
 	}
 }
 
-// agentsBehind looks at the agents of this member: each is at one member.
+// agentsBehind looks at all agents, by what every member tells of those that it has.
 func (x *examination) agentsBehind(ctx context.Context) {
-	behind := x.laggards(nil)
+	behind, c := x.laggards(ctx)
 	if len(behind) > 0 { // a bundle that has just changed is on its way
 		if !sleep(ctx, ackTime) {
 			return
 		}
-		behind = x.laggards(behind)
+		again, now := x.laggards(ctx)
+		maps.DeleteFunc(again, func(id string, _ uint64) bool { _, before := behind[id]; return !before })
+		behind, c = again, now
 	}
 	want := x.cfg.State.Bundle().Sequence
-	for id, have := range behind {
-		x.find(isWarning, "agent "+id, fmt.Sprintf("it has acknowledged bundle %d, and the trust domain is at %d: its workloads may not trust what is new", have, want), "see the agent's log; countersign agent evict makes it attest again")
+	for _, id := range slices.Sorted(maps.Keys(behind)) {
+		x.find(isWarning, "agent "+id, fmt.Sprintf("it has acknowledged bundle %d, and the trust domain is at %d: its workloads may not trust what is new", behind[id], want), "see the agent's log; countersign agent evict makes it attest again")
+	}
+	if len(c.failed) > 0 { // who is connected to those is not known: they are findings themselves
+		return
+	}
+	for _, a := range x.agentIDs() {
+		if a.Banned || c.parties[a.ID].connected {
+			continue
+		}
+		last := a.AttestedAt
+		for _, at := range []time.Time{c.parties[a.ID].seen, c.oldest} { // a member that has just started has seen nobody before
+			if at.After(last) {
+				last = at
+			}
+		}
+		if x.now.Sub(last) > absentTime {
+			x.find(isWarning, "agent "+a.ID, "it is connected to no member, at least since "+last.UTC().Format(time.RFC3339), "start it; if its node is gone, countersign agent evict "+a.ID)
+		}
 	}
 }
 
-// laggards are the connected agents that have not acknowledged the present bundle; among, if not nil, are the only ones to look at.
-func (x *examination) laggards(among map[string]uint64) map[string]uint64 {
+// laggards are the connected agents that have not acknowledged the present bundle.
+func (x *examination) laggards(ctx context.Context) (map[string]uint64, census) {
 	out := map[string]uint64{}
+	c := x.takeCensus(ctx, identity.AuthorityX509, "")
 	want := x.cfg.State.Bundle().Sequence
-	look := func(id string) {
-		if st := x.hub.status(id); st.connected && st.seq < want {
-			out[id] = st.seq
+	for id, p := range c.parties {
+		if p.connected && p.sequence < want {
+			out[id] = p.sequence
 		}
 	}
-	if among != nil {
-		for id := range among {
-			look(id)
-		}
-		return out
+	return out, c
+}
+
+// stuck looks whether a rotation that is under way waits for something that does not come by itself.
+func (x *examination) stuck(ctx context.Context) {
+	if !x.rotates() {
+		return
 	}
-	for after, n := "", 0; n < maxExamined; {
-		page, next := x.cfg.State.Agents(after, maxPage)
-		for _, a := range page {
-			if !a.Banned {
-				look(a.ID)
+	for _, kind := range []identity.AuthorityKind{identity.AuthorityX509, identity.AuthorityJWT} {
+		r, ok := x.rotation(kind)
+		if !ok || r.Ended() {
+			continue
+		}
+		where, age := string(kind)+" rotation", x.now.Sub(r.PhaseAt)
+		w := x.rotationToWire(ctx, r)
+		if w.Problem != "" {
+			x.find(isWarning, where, "it does not go on: "+w.Problem, "see to that; countersign bundle status shows how it stands")
+			continue
+		}
+		var who []string
+		for _, p := range w.GetGate().GetWaiting() {
+			if p.Until == nil {
+				who = append(who, p.Name)
 			}
 		}
-		if n += len(page); next == "" {
-			break
+		if len(who) == 0 || age < rotationTime {
+			continue
 		}
-		after = next
+		names := strings.Join(who[:min(len(who), 3)], ", ")
+		if more := len(who) - 3 + int(w.Gate.More); more > 0 {
+			names += fmt.Sprintf(" and %d more", more)
+		}
+		x.find(isWarning, where, fmt.Sprintf("in its phase %s it has waited for %v for %s", w.Phase, age.Round(time.Minute), names), "bring those up, or countersign bundle change --kind "+string(kind)+" --ignore them")
 	}
-	return out
 }

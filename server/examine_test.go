@@ -208,3 +208,79 @@ func TestMemberInfoIsBounded(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
+
+// An agent that no member has seen for a while is told of, unless a member that might have seen it cannot be asked.
+func TestExamineAbsentAgents(t *testing.T) {
+	x := newExamined(t)
+	x.health = threeSay(nil)
+	gone, _ := x.agent(t, "gone", "")
+	banned, _ := x.agent(t, "banned", "")
+	if err := x.state.BanAgent(testContext(t), banned.ID); err != nil {
+		t.Fatal(err)
+	}
+	if got := x.examine(t); len(got) != 0 {
+		t.Errorf("one that has just been attested: %q", got)
+	}
+	x.ahead.Store(int64(30 * time.Minute))
+	x.health = threeSay(func(_ *MemberHealth, i *MemberInfo) { i.Now = time.Time{} })
+	absent := func() (n int) {
+		for _, f := range x.examine(t) {
+			if strings.Contains(f, "connected to no member") {
+				n++
+				if !strings.HasPrefix(f, "warning agents agent "+gone.ID) {
+					t.Errorf("found %q", f)
+				}
+			}
+		}
+		return n
+	}
+	if n := absent(); n != 1 {
+		t.Errorf("%d are absent", n)
+	}
+	if err := x.state.PutMember(testContext(t), identity.Member{ID: "m2", Address: "127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
+	}
+	if n := absent(); n != 0 {
+		t.Errorf("m2 cannot be asked, and %d are absent", n)
+	}
+}
+
+// A rotation that somebody has to help is told of; one that takes its time is not.
+func TestExamineRotations(t *testing.T) {
+	var rotation identity.Rotation
+	w := newWorld(t, func(c *Config) {
+		c.Rotating.Rotations, c.Rotating.Writes = func() []identity.Rotation { return []identity.Rotation{rotation} }, rotationsOff{}
+		c.Authorities, c.Outside = c.State.EntryReader.(*fakeState), c.State.EntryReader.(*fakeState)
+	}) // not started: its leader would see to the rotation
+	if err := w.state.PutMember(testContext(t), identity.Member{ID: "m1", Address: "127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
+	}
+	w.state.mu.Lock()
+	w.state.authorities = append(w.state.authorities, identity.Authority{ID: "next", Kind: identity.AuthorityX509, State: identity.AuthorityPrepared, Sequence: 50})
+	w.state.mu.Unlock()
+	stuck := func(phase identity.RotationPhase, age time.Duration) (out []string) {
+		rotation = identity.Rotation{Kind: identity.AuthorityX509, New: "next", Phase: phase, StartedAt: time.Now().Add(-age), PhaseAt: time.Now().Add(-age)}
+		x := &examination{Server: w.srv, now: time.Now(), check: "rotation", out: &adminv1.ExamineResponse{}, left: map[string]int{}}
+		x.stuck(testContext(t))
+		for _, f := range x.out.Findings {
+			out = append(out, f.Severity+" "+f.Where+": "+f.What)
+		}
+		return out
+	}
+	if got := stuck(identity.RotationActivate, time.Minute); len(got) != 0 {
+		t.Errorf("a new one: %q", got)
+	}
+	if got := stuck(identity.RotationActivate, 2*time.Hour); len(got) != 1 || !strings.Contains(got[0], "in its phase activate it has waited for 2h0m0s for m1") {
+		t.Errorf("an old one: %q", got)
+	}
+	w.srv.rotations.say(identity.AuthorityX509, "the key cannot be made")
+	if got := stuck(identity.RotationActivate, time.Minute); len(got) != 1 || !strings.Contains(got[0], "the key cannot be made") {
+		t.Errorf("one that fails: %q", got)
+	}
+	if got := stuck(identity.RotationDone, time.Minute); len(got) != 0 {
+		t.Errorf("one that has ended: %q", got)
+	}
+}
+
+// rotationsOff writes nothing.
+type rotationsOff struct{ RotationWriter }
