@@ -101,7 +101,7 @@ func (s checkupService) Examine(ctx context.Context, _ *adminv1.ExamineRequest) 
 		run  func(context.Context)
 	}{
 		{"members", x.members}, {"issuing", x.issuing}, {"clock", x.clocks}, {"versions", x.versions}, {"disk", x.disks}, {"authorities", x.authorities},
-		{"seal", x.sealed}, {"kek", x.keks}, {"backups", x.backups}, {"admins", x.admins}, {"rotation", x.stuck}, {"agents", x.agentsBehind},
+		{"seal", x.sealed}, {"kek", x.keks}, {"backups", x.backups}, {"admins", x.admins}, {"rotation", x.stuck}, {"federation", x.partners}, {"agents", x.agentsBehind},
 	} {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -377,37 +377,4 @@ func (x *examination) laggards(ctx context.Context) (map[string]uint64, census) 
 		}
 	}
 	return out, c
-}
-
-// stuck looks whether a rotation that is under way waits for something that does not come by itself.
-func (x *examination) stuck(ctx context.Context) {
-	if !x.rotates() {
-		return
-	}
-	for _, kind := range []identity.AuthorityKind{identity.AuthorityX509, identity.AuthorityJWT} {
-		r, ok := x.rotation(kind)
-		if !ok || r.Ended() {
-			continue
-		}
-		where, age := string(kind)+" rotation", x.now.Sub(r.PhaseAt)
-		w := x.rotationToWire(ctx, r)
-		if w.Problem != "" {
-			x.find(isWarning, where, "it does not go on: "+w.Problem, "see to that; countersign bundle status shows how it stands")
-			continue
-		}
-		var who []string
-		for _, p := range w.GetGate().GetWaiting() {
-			if p.Until == nil {
-				who = append(who, p.Name)
-			}
-		}
-		if len(who) == 0 || age < rotationTime {
-			continue
-		}
-		names := strings.Join(who[:min(len(who), 3)], ", ")
-		if more := len(who) - 3 + int(w.Gate.More); more > 0 {
-			names += fmt.Sprintf(" and %d more", more)
-		}
-		x.find(isWarning, where, fmt.Sprintf("in its phase %s it has waited for %v for %s", w.Phase, age.Round(time.Minute), names), "bring those up, or countersign bundle change --kind "+string(kind)+" --ignore them")
-	}
 }

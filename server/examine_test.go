@@ -284,3 +284,45 @@ func TestExamineRotations(t *testing.T) {
 
 // rotationsOff writes nothing.
 type rotationsOff struct{ RotationWriter }
+
+// A partner that cannot be read is told of: as a notice first, for the next attempt may do.
+func TestExaminePartners(t *testing.T) {
+	w, f := newFederatedWorld(t) // not started: what is known of partners is the test's
+	examine := func() (out []string) {
+		x := &examination{Server: w.srv, now: time.Now(), check: "federation", out: &adminv1.ExamineResponse{}, left: map[string]int{}}
+		x.partners(testContext(t))
+		for _, found := range x.out.Findings {
+			out = append(out, found.Severity+" "+found.Where+": "+found.What)
+		}
+		return out
+	}
+	if got := examine(); len(got) != 0 {
+		t.Errorf("without partners: %q", got)
+	}
+	f.mu.Lock()
+	f.all["other.org"] = identity.Federation{TrustDomain: "other.org"}
+	f.mu.Unlock()
+	if got := examine(); len(got) != 1 || !strings.HasPrefix(got[0], "error trust domain other.org: there is no bundle") {
+		t.Errorf("without a bundle: %q", got)
+	}
+	f.mu.Lock()
+	f.bundles["other.org"] = foreignBundle(t, "other.org", 3)
+	f.mu.Unlock()
+	for _, row := range []struct {
+		status identity.FederationStatus
+		want   string
+	}{
+		{identity.FederationStatus{LastSuccess: time.Now()}, ""},
+		{identity.FederationStatus{Failures: 1, LastError: "no route"}, "notice trust domain other.org: its bundle endpoint cannot be read, 1 times"},
+		{identity.FederationStatus{Failures: 7, LastError: "no route", LastSuccess: time.Now().Add(-time.Hour)}, "warning trust domain other.org: its bundle endpoint cannot be read, 7 times in a row (it was read last at"},
+		{identity.FederationStatus{Warning: "its sequence went back"}, "warning trust domain other.org: what it publishes is odd"},
+	} {
+		f.mu.Lock()
+		f.status["other.org"] = row.status
+		f.mu.Unlock()
+		got := examine()
+		if (len(got) == 1) != (row.want != "") || row.want != "" && !strings.HasPrefix(got[0], row.want) {
+			t.Errorf("%+v: found %q", row.status, got)
+		}
+	}
+}
