@@ -32,7 +32,9 @@ type fakeState struct {
 	members     []identity.Member
 	bundle      *identity.Bundle
 	watchers    []chan []identity.Change
-	down        error // what writes answer
+	rotations   map[identity.AuthorityKind]identity.Rotation
+	down        error                     // what writes answer
+	fault       func() (lost, late error) // of the next write: before it is done, and after
 	swept       int
 	level       uint32 // 0: 2
 	admitted    int    // agents, each with its token in one write
@@ -186,6 +188,13 @@ func (f *fakeState) write(do func(rev uint64) (identity.Change, error)) error {
 	if f.down != nil {
 		return f.down
 	}
+	var lost, late error
+	if f.fault != nil {
+		lost, late = f.fault()
+	}
+	if lost != nil {
+		return lost
+	}
 	c, err := do(f.revision + 1)
 	if err != nil {
 		return err
@@ -195,7 +204,7 @@ func (f *fakeState) write(do func(rev uint64) (identity.Change, error)) error {
 	for _, ch := range f.watchers {
 		ch <- []identity.Change{c}
 	}
-	return nil
+	return late
 }
 
 func (f *fakeState) CreateEntry(_ context.Context, now time.Time, e identity.Entry) (identity.Entry, error) {

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/identity"
 
@@ -84,6 +86,9 @@ func (s *Server) bundleGate(c census, sequence uint64, now time.Time) gate {
 		if r.sequence < sequence {
 			return fmt.Sprintf("it has bundle %d and not %d yet", r.sequence, sequence)
 		}
+		if r.noKey != "" {
+			return "it could not sign under it: " + r.noKey
+		}
 		return ""
 	})
 	behind := func(p party) string {
@@ -122,8 +127,12 @@ func (s *Server) bundleGate(c census, sequence uint64, now time.Time) gate {
 func (s *Server) ackGate(ctx context.Context, a *identity.Authority) gate {
 	now := s.cfg.Now()
 	g := s.bundleGate(s.takeCensus(ctx, a.Kind, a.ID), a.Sequence, now)
+	since := s.rotations.complete(a, g.open(), now)
+	if a.PreparedAt.After(since) {
+		since = a.PreparedAt
+	}
+	g.after(since.Add(ackSettle), now, "settling", "programs behind the agents read the bundle that they were sent")
 	if !a.PreparedAt.IsZero() {
-		g.after(a.PreparedAt.Add(ackSettle), now, "settling", "programs behind the agents read the bundle that they were sent")
 		ahead := s.FederationSettle()
 		if s.cfg.PublishAhead != nil {
 			ahead = max(ahead, s.cfg.PublishAhead())
@@ -187,12 +196,15 @@ func (s *Server) useGate(ctx context.Context, a *identity.Authority) gate {
 	var g gate
 	now := s.cfg.Now()
 	c := s.takeCensus(ctx, a.Kind, a.ID)
-	// Whatever was signed ends by then: a member that is cut off signs for maxStaleness at the most.
+	// Whatever an entry was issued ends by then: a member that is cut off signs for maxStaleness at the most.
 	longest := s.longestTTL(a.Kind)
 	for _, r := range c.reports {
 		longest = max(longest, r.longest)
 	}
-	bound := a.RetiredAt.Add(s.cfg.MaxStaleness + longest)
+	signed := a.RetiredAt.Add(s.cfg.MaxStaleness)
+	bound := signed.Add(longest)
+	// And everything by then, also what was minted, or by an entry that is gone.
+	end := signed.Add(identity.MaxX509TTL)
 	g.members(c, func(r report) string {
 		if r.signs == a.ID {
 			return "it signs under it still"
@@ -201,18 +213,16 @@ func (s *Server) useGate(ctx context.Context, a *identity.Authority) gate {
 	})
 	for _, r := range c.reports {
 		until := r.until
-		if before := r.since.Add(r.longest); !r.since.IsZero() && before.After(until) {
-			until = before
-		}
-		if until.After(bound) {
-			until = bound
+		if !r.since.IsZero() { // it may have minted something before
+			until = later(until, sooner(r.since, signed).Add(identity.MaxX509TTL))
 		}
 		g.after(until, now, r.member, "it has signed what no agent accounts for, and lasts until then")
 	}
 	if a.Kind == identity.AuthorityX509 {
 		for _, rec := range s.agentIDs() {
-			s.agentUse(&g, c, rec, a, bound, now)
+			s.agentUse(&g, c, rec, bound, end, now)
 		}
+		s.goneUses(&g, c, bound, now)
 	}
 	for _, id := range s.clustersBelow(now) {
 		switch p := c.parties[id]; {
@@ -230,16 +240,13 @@ func (s *Server) useGate(ctx context.Context, a *identity.Authority) gate {
 	return g
 }
 
-func (s *Server) agentUse(g *gate, c census, rec identity.Agent, a *identity.Authority, bound, now time.Time) {
+func (s *Server) agentUse(g *gate, c census, rec identity.Agent, bound, end, now time.Time) {
 	p, known := c.parties[rec.ID]
-	until := p.until
-	if until.After(bound) {
-		until = bound
-	}
+	until := sooner(p.until, end)
 	g.svids += uint64(p.svids)
 	switch {
-	case p.connected && p.tells && p.svids > 0:
-		g.wait(time.Time{}, rec.ID, "it holds %d SVIDs under it", p.svids)
+	case p.connected && p.tells && p.svids > 0 && now.Before(end): // whatever it says, there is nothing left after that
+		g.wait(end, rec.ID, "it holds %d SVIDs under it", p.svids)
 	case p.connected && p.tells && now.Before(until):
 		g.wait(until, rec.ID, "programs that have left it may have an SVID under it")
 	case p.connected && p.tells, !now.Before(bound), s.agentGone24(c, rec, p, now):
@@ -251,4 +258,31 @@ func (s *Server) agentUse(g *gate, c census, rec identity.Agent, a *identity.Aut
 	default:
 		g.wait(bound, rec.ID, "it is connected to no member")
 	}
+}
+
+// goneUses counts agents that were evicted: what they were given is good until it ends, unlike that of a banned one.
+func (s *Server) goneUses(g *gate, c census, bound, now time.Time) {
+	for id, p := range c.parties {
+		if _, ok := s.cfg.State.Agent(id); ok || now.Sub(p.seen) > goneAfter {
+			continue
+		}
+		if parsed, err := spiffeid.FromString(id); err != nil || identity.RoleOf(parsed) != identity.RoleAgent {
+			continue
+		}
+		g.after(bound, now, id, "it was evicted, and programs behind it may have an SVID under it")
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
+func sooner(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }

@@ -199,10 +199,10 @@ func (s *Server) prepareX509(ctx context.Context, who call, req *workloadv1.X509
 		e.Subjects, e.Workload, e.Entry, e.EntryRevision, e.Revision = []string{g.id.String()}, w.workload, g.entry.ID, g.entry.Revision, rev
 		e.Serial, e.NotAfter = p.Serial(), p.NotAfter()
 		w.prepared[i], w.events[i] = p, e
-		if who.kind != agent { // agents tell what they have
-			if err := s.issued.note(p.Authority(), p.NotAfter(), now); err != nil {
-				return fail(err)
-			}
+		if who.kind == agent { // it tells what it has, once it has it
+			s.issued.send(p.Authority(), now)
+		} else if err := s.issued.note(p.Authority(), p.NotAfter(), now); err != nil {
+			return fail(err)
 		}
 	}
 	return w

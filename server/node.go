@@ -230,6 +230,7 @@ func (s *Server) agentSVID(ctx context.Context, action audit.Action, a *identity
 	if err != nil {
 		return nil, fmt.Errorf("preparing the agent's SVID: %w", err)
 	}
+	s.issued.send(prepared.Authority(), s.cfg.Now())
 	e := s.event(ctx, action, audit.OK)
 	e.Subjects, e.Serial, e.NotAfter, e.Revision = []string{a.ID}, prepared.Serial(), prepared.NotAfter(), s.cfg.State.Revision()
 	e.Details = append(audit.Details{{Key: "kind", Value: a.Kind}}, nodeOf(a)...)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -39,6 +40,7 @@ type report struct {
 	since     time.Time // it does not know what it signed before; zero: it knows all
 	until     time.Time
 	longest   time.Duration
+	noKey     string // why it could not sign under the authority, of a prepared one
 	parties   []party
 }
 
@@ -47,10 +49,29 @@ func (s *Server) ownReport(kind identity.AuthorityKind, authority string) report
 	longest := s.longestTTL(kind)
 	r := report{
 		member: s.cfg.MemberID, sequence: s.cfg.State.Bundle().Sequence, signs: s.cfg.CA.Signs(kind), startedAt: s.startedAt,
-		since: s.issued.since, until: s.issued.last(authority), longest: longest,
+		since: s.issued.since(s.cfg.Now()), until: s.issued.last(authority), longest: longest,
+	}
+	if a, ok := s.authority(kind, authority, ""); ok && a.State == identity.AuthorityPrepared && authority != "" {
+		if err := s.opens(a); err != nil {
+			r.noKey = infoText(err.Error())
+		}
 	}
 	r.parties = append(s.hub.parties(authority, longest, s.cfg.Now()), s.downstreams.parties(authority)...)
 	return r
+}
+
+// opens reports whether this member has the key of an authority. Of one whose key is in a token, or below a seal that this member
+// cannot open, it would not be able to sign. What it could open once it is not asked again.
+func (s *Server) opens(a *identity.Authority) error {
+	key := fmt.Sprint(a.Kind, " ", a.ID, " ", a.Revision)
+	if s.opened.Load() == key {
+		return nil
+	}
+	if _, err := s.cfg.Open(*a); err != nil {
+		return err
+	}
+	s.opened.Store(key)
+	return nil
 }
 
 // Report tells another member what this one knows.
@@ -66,6 +87,7 @@ func (s memberService) Report(req *memberv1.ReportRequest, stream grpc.ServerStr
 	r := s.ownReport(kind, req.Authority)
 	msg := &memberv1.ReportResponse{Self: &memberv1.ReportResponse_Self{
 		BundleSequence: r.sequence, SignsUnder: r.signs, StartedAt: api.TimeToWire(r.startedAt), Until: api.TimeToWire(r.until), KnowsSince: api.TimeToWire(r.since), LongestMs: r.longest.Milliseconds(),
+		NoKey: r.noKey,
 	}}
 	for i := range r.parties {
 		p := &r.parties[i]
@@ -106,7 +128,7 @@ func (s *Server) askReport(ctx context.Context, m identity.Member, kind identity
 		if self := msg.Self; first && self != nil {
 			r.sequence, r.signs = self.BundleSequence, self.SignsUnder
 			r.startedAt, r.until, r.longest = api.TimeFromWire(self.StartedAt), api.TimeFromWire(self.Until), time.Duration(self.LongestMs)*time.Millisecond
-			r.since = api.TimeFromWire(self.KnowsSince)
+			r.since, r.noKey = api.TimeFromWire(self.KnowsSince), infoText(self.NoKey)
 		} else if first {
 			return r, fmt.Errorf("%w: it does not begin with itself", identity.ErrInvalid)
 		}
@@ -122,7 +144,8 @@ func (s *Server) askReport(ctx context.Context, m identity.Member, kind identity
 	}
 }
 
-// census is what all members told, by party: of one that several know, what the one knows that has it connected, or saw it last.
+// census is what all members told, by party. Of one that several have connected, since it moves or one has not noticed yet that it
+// went, it is the worst of what they know that it uses; of one that is connected nowhere, what the one knows that saw it last.
 type census struct {
 	reports []report
 	failed  map[string]error // members that could not be asked
@@ -134,7 +157,7 @@ func (s *Server) takeCensus(ctx context.Context, kind identity.AuthorityKind, au
 	c := census{failed: map[string]error{}, parties: map[string]party{}}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
-	for _, m := range s.cfg.State.Members() {
+	for _, m := range s.allMembers() {
 		wg.Go(func() {
 			r, err := s.ownReport(kind, authority), error(nil)
 			if m.ID != s.cfg.MemberID {
@@ -156,15 +179,45 @@ func (s *Server) takeCensus(ctx context.Context, kind identity.AuthorityKind, au
 			c.oldest = r.startedAt
 		}
 		for _, p := range r.parties {
-			old, ok := c.parties[p.id]
-			switch {
-			case !ok, p.connected && !old.connected:
-			case p.connected == old.connected && (p.sequence > old.sequence || !p.connected && p.seen.After(old.seen)):
-			default:
-				continue
+			if old, ok := c.parties[p.id]; ok {
+				p = old.and(p)
 			}
 			c.parties[p.id] = p
 		}
 	}
 	return c
+}
+
+// and is what two members know of one party.
+func (p party) and(o party) party {
+	switch {
+	case p.connected != o.connected:
+		if o.connected {
+			p, o = o, p
+		}
+		return p
+	case !p.connected:
+		if o.seen.After(p.seen) {
+			return o
+		}
+		return p
+	}
+	p.sequence = max(p.sequence, o.sequence) // what it has it keeps
+	p.tells = p.tells && o.tells
+	p.svids = max(p.svids, o.svids)
+	if o.until.After(p.until) {
+		p.until = o.until
+	}
+	return p
+}
+
+// allMembers are those on the list, and those that agree with them and are not on it yet, or still.
+func (s *Server) allMembers() []identity.Member {
+	out := slices.Clone(s.cfg.State.Members())
+	for _, m := range s.cfg.Cluster.Members() {
+		if !slices.ContainsFunc(out, func(o identity.Member) bool { return o.ID == m.ID }) {
+			out = append(out, identity.Member{ID: m.ID, Address: m.Address})
+		}
+	}
+	return out
 }

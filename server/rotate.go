@@ -42,6 +42,8 @@ const (
 	hastyUseDeadline = time.Hour
 	// A scheduled rotation prepares at half of the authority's life and activates at five sixths.
 	dueNumerator, dueDenominator = 5, 6
+	// pauseAfter is the part of an authority's life for which none is scheduled after one has ended.
+	pauseAfter = 12
 	// replaceRate is how many SVIDs a second each member is to replace, of those that a tainted authority signed.
 	replaceRate = 300
 	maxSpread   = 10 * time.Minute
@@ -53,6 +55,29 @@ type rotations struct {
 
 	mu      sync.Mutex
 	problem map[identity.AuthorityKind]string
+	whole   map[identity.AuthorityKind]whole
+}
+
+// whole is since when everyone has acknowledged an authority, as far as this member looked.
+type whole struct {
+	authority string
+	since     time.Time
+}
+
+// complete notes whether everyone has acknowledged an authority, and says since when they have.
+func (r *rotations) complete(a *identity.Authority, all bool, now time.Time) time.Time {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	was := r.whole[a.Kind]
+	switch {
+	case !all:
+		delete(r.whole, a.Kind)
+		return time.Time{}
+	case was.authority == a.ID && !was.since.After(now):
+		return was.since
+	}
+	r.whole[a.Kind] = whole{a.ID, now}
+	return now
 }
 
 func (r *rotations) poke() {
@@ -116,6 +141,10 @@ func (s *Server) leadRotations(ctx context.Context) {
 	if !s.rotates() {
 		return
 	}
+	defer func() { // what keeps the next leader is not this one's to say
+		s.rotations.say(identity.AuthorityX509, "")
+		s.rotations.say(identity.AuthorityJWT, "")
+	}()
 	for {
 		wait := rotateIdle
 		for _, kind := range []identity.AuthorityKind{identity.AuthorityX509, identity.AuthorityJWT} {
@@ -153,6 +182,10 @@ func (s *Server) leadRotation(ctx context.Context, kind identity.AuthorityKind) 
 	if !ok || r.Ended() {
 		return rotateIdle, s.scheduleRotation(ctx, kind)
 	}
+	// A gate that is open by the state of yesterday is none: this member may have been cut off, and lead no longer.
+	if err := s.cfg.Cluster.ReadBarrier(ctx); err != nil {
+		return rotateLook, fmt.Errorf("making sure that this member leads: %w", err)
+	}
 	switch r.Phase {
 	case identity.RotationPrepare:
 		return rotateLook, s.rotatePrepare(ctx, r)
@@ -172,6 +205,10 @@ func (s *Server) scheduleRotation(ctx context.Context, kind identity.AuthorityKi
 	}
 	life, now := active.NotAfter.Sub(active.NotBefore), s.cfg.Now()
 	if now.Before(active.NotBefore.Add(life / 2)) {
+		return nil
+	}
+	// Whoever has just rolled one back had a reason.
+	if last, ok := s.rotation(kind); ok && now.Before(last.PhaseAt.Add(life/pauseAfter)) && now.Before(active.NotAfter.Add(-life/10)) {
 		return nil
 	}
 	r := identity.Rotation{
@@ -231,6 +268,9 @@ func (s *Server) rotatePrepare(ctx context.Context, r identity.Rotation) error {
 		return s.upstreamWhy()
 	}
 	if !ok {
+		if err := s.mayPrepare(r.Kind); err != nil { // whoever began it may have asked a member with another configuration
+			return err
+		}
 		a, err := s.prepareNew(ctx, r.Kind)
 		if err != nil {
 			return err

@@ -140,6 +140,7 @@ type Server struct {
 	evicted   evictions
 	issued    issued
 	rotations rotations
+	opened    atomic.Value // string: the prepared authority whose key this member could open; see opens
 	startedAt time.Time
 	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first
 	clusters atomic.Pointer[map[string]uint64]
@@ -181,7 +182,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), seal: newSealTending(), orphanAfter: orphanAfter, backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
 	s.requestPrefix, s.stopping = newID()[:10]+"-", make(chan struct{})
 	s.upstreamWake = make(chan struct{}, 1)
-	s.rotations = rotations{wake: make(chan struct{}, 1), problem: map[identity.AuthorityKind]string{}}
+	s.rotations = rotations{wake: make(chan struct{}, 1), problem: map[identity.AuthorityKind]string{}, whole: map[identity.AuthorityKind]whole{}}
 	s.startedAt = cfg.Now()
 	s.issued.begin(cfg.IssuedUntil, cfg.KeepIssued, s.startedAt)
 	if s.downstreams, err = newDownstreams(); err != nil {
@@ -269,6 +270,9 @@ func (s *Server) newGRPC(creds credentials.TransportCredentials, maxMessage int,
 // Run serves until ctx ends or a part fails, then lets calls end. It runs Pods and CA too, which nobody else
 // may; the Listener has a Run of its own.
 func (s *Server) Run(ctx context.Context) error {
+	if err := s.issued.save(); err != nil {
+		return fmt.Errorf("saving until when what this member signed lasts: %w", err)
+	}
 	told := ctx // ends first: a listener that its owner closes at the same moment is no fault
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return ended(told, s.cfg.State.Watch(ctx, s.changed)) })
@@ -334,10 +338,16 @@ func (s *Server) changed(changes []identity.Change) {
 		reset = reset || c.Reset
 		bundle = bundle || c.Bundle || c.Reset
 		rotation = rotation || c.Rotation
+		if c.NewEntry != nil {
+			s.issued.lasts(c.NewEntry)
+		}
 		if c.AgentGone && c.Agent != nil {
 			s.evicted.add(c.Agent.ID, s.cfg.Now())
 		}
 		clusters = clusters || c.KubeCluster != "" || c.Reset
+	}
+	if reset {
+		s.scanTTLs()
 	}
 	if bundle || rotation {
 		s.rotations.poke()

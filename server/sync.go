@@ -105,7 +105,13 @@ func (s *Server) takeAck(sess *session, a *nodev1.Ack) error {
 	}
 	// What it has handed out comes first: whoever sees that it has the bundle must see that too.
 	sess.use(u)
-	sess.ack(a.GetRevision(), a.GetBundleSequence())
+	seq := a.GetBundleSequence()
+	if seq > s.cfg.State.Bundle().Sequence {
+		// It has one from a member that is ahead, and acknowledges what this one sends next; or one that the cluster has lost, and
+		// then the number says nothing about what is in it.
+		seq = 0
+	}
+	sess.ack(a.GetRevision(), seq)
 	return nil
 }
 

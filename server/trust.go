@@ -97,7 +97,16 @@ func (s trustService) Rotate(ctx context.Context, req *adminv1.RotateRequest) (*
 		return nil, fmt.Errorf("%w: the active %s authority is %s and not %s: of one that signs no longer, countersign authority taint is enough", identity.ErrPrecondition, kind, active.ID, req.Compromised)
 	}
 	if old, ok := s.rotation(kind); ok && !old.Ended() {
-		if req.Compromised == "" || old.Phase == identity.RotationRevoke {
+		if req.Compromised != "" && old.Phase == identity.RotationRevoke {
+			// What signs is compromised, and nobody waits for those who still use the one before: that one stays trusted, and retiring.
+			if err := s.mayPrepare(kind); err != nil {
+				return nil, err
+			}
+			r.StartedAt, r.PhaseAt = s.cfg.Now(), s.cfg.Now()
+			r.Why += "; authority " + old.Old + ", which was being replaced, is left to be revoked by hand (countersign bundle revoke)"
+			return s.begin(ctx, r, old.Revision, req.DryRun)
+		}
+		if req.Compromised == "" {
 			return nil, fmt.Errorf("%w: a rotation of the %s authority is under way since %s (phase %s): countersign bundle status shows it", identity.ErrPrecondition, kind, old.StartedAt.UTC().Format(time.RFC3339), old.Phase)
 		}
 		// It is hurried: what it has prepared is as good as what another one would prepare.
@@ -273,12 +282,20 @@ func (s trustService) Rollback(ctx context.Context, req *adminv1.RollbackRequest
 	fresh, made := s.authority(kind, r.New, "")
 	now := s.cfg.Now()
 	if r.New == "" || !made || fresh.State == identity.AuthorityPrepared {
+		// The authority first: of dropping and activating it only one can be. The leader ends a rotation whose authority is gone.
+		if !req.DryRun && made && r.New != "" {
+			if err := s.drop(ctx, fresh); err != nil {
+				return nil, fmt.Errorf("%w; if it signs by now, roll back again", err)
+			}
+		}
 		back := r
 		back.Phase, back.PhaseAt, back.Why = identity.RotationRolledBack, now, why
-		// The rotation first: the leader would prepare another one.
 		out, err := s.begin(ctx, back, r.Revision, req.DryRun)
-		if err == nil && !req.DryRun && made && r.New != "" {
-			err = s.drop(ctx, fresh)
+		if err == nil || s.cfg.Cluster.ReadBarrier(ctx) != nil {
+			return out, err
+		}
+		if now, ok := s.rotation(kind); ok && now.StartedAt.Equal(r.StartedAt) && now.Phase == identity.RotationRolledBack {
+			return s.rotationToWire(ctx, now), nil
 		}
 		return out, err
 	}

@@ -37,6 +37,12 @@ func (f *fakeState) rebundle() {
 		}
 	}
 	for _, x := range f.authorities {
+		if !x.State.Vouched() {
+			continue
+		}
+		if x.State == identity.AuthorityRetiring || x.State == identity.AuthorityTainted {
+			b.Ending = append(b.Ending, identity.Ending{ID: x.ID, Tainted: x.State == identity.AuthorityTainted, Spread: x.Spread})
+		}
 		switch {
 		case x.Kind == identity.AuthorityJWT:
 			b.JWT[x.ID] = x.PublicKey

@@ -14,23 +14,49 @@ import (
 // every JWT-SVID, and the X.509-SVIDs of whoever asks without an agent. It is on the disk before anything is signed, and says
 // somewhat more than is so, for else each signature would be a write.
 type issued struct {
-	keep  func(map[string]time.Time) error // nil: it is in memory only
-	since time.Time                        // what was signed before is not known; zero: all is
+	keep func(map[string]time.Time) error // nil: it is in memory only
 
 	mu      sync.Mutex
-	until   map[string]time.Time // by the ID of an authority, as it is on the disk
+	until   map[string]time.Time // by the ID of an authority, or unknown, as it is on the disk
+	sent    map[string]time.Time // when something was signed last for an agent, which has yet to tell of it; lost with its connection
 	longest map[identity.AuthorityKind]time.Duration
-	at      uint64 // revision that longest counts
+	scanned bool // longest counts all entries; from then on what changes
 }
 
-// maxAhead is how far what is kept is ahead of what was signed, at the most.
-const maxAhead = 5 * time.Minute
+const (
+	// maxAhead is how far what is kept is ahead of what was signed, at the most.
+	maxAhead = 5 * time.Minute
+	// answerTime is more than an agent waits for an answer: what it has not told of by then it has not taken.
+	answerTime = 10 * time.Second
+	// unknown stands for whatever was signed before this was kept: under any authority, and no longer than the longest life.
+	unknown = ""
+)
 
 func (i *issued) begin(until map[string]time.Time, keep func(map[string]time.Time) error, now time.Time) {
-	i.keep, i.until = keep, maps.Clone(until)
+	i.keep, i.until, i.sent = keep, maps.Clone(until), map[string]time.Time{}
 	if until == nil {
-		i.since, i.until = now, map[string]time.Time{}
+		i.until = map[string]time.Time{unknown: now.Add(identity.MaxX509TTL).UTC()}
 	}
+}
+
+// save has on the disk what begin found: the next start is not to know less, nor to believe that it knows more.
+func (i *issued) save() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.keep == nil {
+		return nil
+	}
+	return i.keep(i.until)
+}
+
+// since is before when it is not known what was signed; zero: all is known.
+func (i *issued) since(now time.Time) time.Time {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if t, ok := i.until[unknown]; ok && now.Before(t) {
+		return t.Add(-identity.MaxX509TTL)
+	}
+	return time.Time{}
 }
 
 // note is called before anything is signed that nobody else accounts for; after an error nothing may be.
@@ -52,40 +78,64 @@ func (i *issued) note(authority string, notAfter, now time.Time) error {
 	return nil
 }
 
-// last is when the last of it ends; zero: there was none.
+// send is called before anything is signed for an agent.
+func (i *issued) send(authority string, now time.Time) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if now.After(i.sent[authority]) {
+		maps.DeleteFunc(i.sent, func(_ string, t time.Time) bool { return now.Sub(t) > answerTime })
+		i.sent[authority] = now
+	}
+}
+
+// last is when the last of it ends; zero: there was none. What an agent is being sent ends, as far as this member has to know,
+// when the agent tells of it.
 func (i *issued) last(authority string) time.Time {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	if t, ok := i.sent[authority]; ok && t.Add(answerTime).After(i.until[authority]) {
+		return t.Add(answerTime)
+	}
 	return i.until[authority]
 }
 
-// longestTTL is how long what is signed lasts at the most: by default, or by any entry that this member has seen.
+// longestTTL is how long what an entry is issued lasts at the most: by default, or by any entry that this member has seen since
+// it started, also one that is gone.
 func (s *Server) longestTTL(kind identity.AuthorityKind) time.Duration {
 	i := &s.issued
-	rev := s.cfg.State.Revision()
 	i.mu.Lock()
-	if i.longest == nil {
-		i.longest = map[identity.AuthorityKind]time.Duration{identity.AuthorityX509: s.cfg.X509TTL, identity.AuthorityJWT: s.cfg.JWTTTL}
-	}
-	current, out := i.at == rev, i.longest[kind]
+	scanned := i.scanned
 	i.mu.Unlock()
-	if current {
-		return out
-	}
-	var x509, jwt time.Duration
-	for after, more := "", true; more; more = after != "" {
-		var page []*identity.Entry
-		page, after = s.cfg.State.Entries(after, 1000)
-		for _, e := range page {
-			x509, jwt = max(x509, e.X509TTL), max(jwt, e.JWTTTL)
-		}
+	if !scanned {
+		s.scanTTLs()
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.longest[identity.AuthorityX509] = max(i.longest[identity.AuthorityX509], x509)
-	i.longest[identity.AuthorityJWT] = max(i.longest[identity.AuthorityJWT], jwt)
-	i.at = rev
-	return i.longest[kind]
+	return max(i.longest[kind], map[identity.AuthorityKind]time.Duration{identity.AuthorityX509: s.cfg.X509TTL, identity.AuthorityJWT: s.cfg.JWTTTL}[kind])
+}
+
+func (s *Server) scanTTLs() {
+	for after, more := "", true; more; more = after != "" {
+		var page []*identity.Entry
+		page, after = s.cfg.State.Entries(after, 1000)
+		s.issued.lasts(page...)
+	}
+	s.issued.mu.Lock()
+	defer s.issued.mu.Unlock()
+	s.issued.scanned = true
+}
+
+// lasts notes how long what these entries are issued lasts.
+func (i *issued) lasts(entries ...*identity.Entry) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.longest == nil {
+		i.longest = map[identity.AuthorityKind]time.Duration{}
+	}
+	for _, e := range entries {
+		i.longest[identity.AuthorityX509] = max(i.longest[identity.AuthorityX509], e.X509TTL)
+		i.longest[identity.AuthorityJWT] = max(i.longest[identity.AuthorityJWT], e.JWTTTL)
+	}
 }
 
 // party is an agent, or a cluster below, as one member knows it: what it has of the bundle, and what of it is under an authority.
@@ -127,7 +177,10 @@ func (h *hub) parties(authority string, longest time.Duration, now time.Time) []
 	out := make([]party, 0, len(h.byAgent)+len(h.seen))
 	for id, sessions := range h.byAgent {
 		p := party{id: id, connected: true, seen: now}
-		_, p.sequence = sessions[len(sessions)-1].acked()
+		for _, x := range sessions { // what it has it keeps
+			_, seq := x.acked()
+			p.sequence = max(p.sequence, seq)
+		}
 		u := sessions[len(sessions)-1].used()
 		p.tells = u.tells
 		p.svids, p.until = u.by[authority].svids, u.by[authority].until

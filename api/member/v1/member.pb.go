@@ -412,7 +412,8 @@ type ReportResponse_Self struct {
 	// When the last ends of what it signed under the authority for others than agents and clusters below; of the kind jwt, for all.
 	Until         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
 	KnowsSince    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=knows_since,json=knowsSince,proto3" json:"knows_since,omitempty"` // it does not know what it signed before; absent: it knows all
-	LongestMs     int64                  `protobuf:"varint,6,opt,name=longest_ms,json=longestMs,proto3" json:"longest_ms,omitempty"`   // how long what it signs can last
+	LongestMs     int64                  `protobuf:"varint,6,opt,name=longest_ms,json=longestMs,proto3" json:"longest_ms,omitempty"`   // how long what it signs by entries can last
+	NoKey         string                 `protobuf:"bytes,7,opt,name=no_key,json=noKey,proto3" json:"no_key,omitempty"`                // why it could not sign under the authority; empty: it could, or that authority is not a prepared one
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -487,6 +488,13 @@ func (x *ReportResponse_Self) GetLongestMs() int64 {
 		return x.LongestMs
 	}
 	return 0
+}
+
+func (x *ReportResponse_Self) GetNoKey() string {
+	if x != nil {
+		return x.NoKey
+	}
+	return ""
 }
 
 // Party is an agent, or a cluster below.
@@ -589,10 +597,10 @@ const file_api_member_v1_member_proto_rawDesc = "" +
 	"\x1aapi/member/v1/member.proto\x12\x15countersign.member.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n" +
 	"\rReportRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1c\n" +
-	"\tauthority\x18\x02 \x01(\tR\tauthority\"\xa7\x05\n" +
+	"\tauthority\x18\x02 \x01(\tR\tauthority\"\xbe\x05\n" +
 	"\x0eReportResponse\x12>\n" +
 	"\x04self\x18\x01 \x01(\v2*.countersign.member.v1.ReportResponse.SelfR\x04self\x12E\n" +
-	"\aparties\x18\x02 \x03(\v2+.countersign.member.v1.ReportResponse.PartyR\aparties\x1a\x99\x02\n" +
+	"\aparties\x18\x02 \x03(\v2+.countersign.member.v1.ReportResponse.PartyR\aparties\x1a\xb0\x02\n" +
 	"\x04Self\x12'\n" +
 	"\x0fbundle_sequence\x18\x01 \x01(\x04R\x0ebundleSequence\x12\x1f\n" +
 	"\vsigns_under\x18\x02 \x01(\tR\n" +
@@ -603,7 +611,8 @@ const file_api_member_v1_member_proto_rawDesc = "" +
 	"\vknows_since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"knowsSince\x12\x1d\n" +
 	"\n" +
-	"longest_ms\x18\x06 \x01(\x03R\tlongestMs\x1a\xf1\x01\n" +
+	"longest_ms\x18\x06 \x01(\x03R\tlongestMs\x12\x15\n" +
+	"\x06no_key\x18\a \x01(\tR\x05noKey\x1a\xf1\x01\n" +
 	"\x05Party\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x123\n" +
