@@ -171,7 +171,7 @@ func TestAuthorityTimes(t *testing.T) {
 	}
 }
 
-// TestPreparedSequence: it is the first bundle's that has all of the authority, also where the bundle had it before.
+// TestPreparedSequence: it is the first bundle's by which what the authority signs is verified, also where the bundle had it before.
 func TestPreparedSequence(t *testing.T) {
 	s, w, _ := newStore2(t)
 	ctx, x := t.Context(), identity.AuthorityX509
@@ -182,15 +182,19 @@ func TestPreparedSequence(t *testing.T) {
 		return a
 	}
 	for _, c := range []struct {
-		a    identity.Authority
-		want uint64
-	}{{prepared(x, "own"), 1}, {below("a", one), 2}, {below("b", one), 2}, {below("c", one, two), 3}, {prepared(identity.AuthorityJWT, "j"), 4}} {
+		a            identity.Authority
+		want, bundle uint64
+	}{
+		{prepared(x, "own"), 1, 1}, {below("a", one), 2, 2}, {below("b", one), 2, 2}, {below("c", two, one), 3, 3},
+		{below("d", one, caCert(t, "root 3")), 3, 4}, // what it signs is verified by its first root
+		{prepared(identity.AuthorityJWT, "j"), 5, 5},
+	} {
 		got, err := w.PrepareAuthority(ctx, now, c.a)
 		if err != nil {
 			t.Fatalf("%s: %v", c.a.ID, err)
 		}
-		if got.Sequence != c.want || s.Bundle().Sequence != c.want {
-			t.Errorf("%s is in bundle %d on, and the bundle is %d; want %d", c.a.ID, got.Sequence, s.Bundle().Sequence, c.want)
+		if got.Sequence != c.want || s.Bundle().Sequence != c.bundle {
+			t.Errorf("%s is in bundle %d on, and the bundle is %d; want %d, %d", c.a.ID, got.Sequence, s.Bundle().Sequence, c.want, c.bundle)
 		}
 	}
 }
