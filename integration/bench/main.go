@@ -131,6 +131,7 @@ func (b *bench) measure(ctx context.Context) (failed bool, err error) {
 			{[]string{"commits"}, b.commits},
 			{[]string{"flat"}, b.flat},
 		}},
+		{"", []group{{[]string{"taint"}, b.taint}}},
 		{fleetYAML, []group{{[]string{"fleet"}, b.fleet}}},
 	} {
 		failed = b.stage(ctx, s.yaml, s.groups) || failed

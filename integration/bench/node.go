@@ -39,18 +39,9 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 
 // agentStart measures an agent of 5,000 pods: how long until all have their SVIDs, and how much memory it holds then.
 func (b *bench) agentStart(ctx context.Context, s *stage) error {
-	tokens := filepath.Join(s.c.Dir, "pods")
-	if err := os.Mkdir(tokens, 0o700); err != nil {
-		return fmt.Errorf("making a folder: %w", err)
-	}
-	for i := range identities {
-		token, err := s.iss.Token("shop", fmt.Sprintf("app-%d", i), "node-1")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(filepath.Join(tokens, strconv.Itoa(i)), []byte(token), 0o600); err != nil {
-			return fmt.Errorf("writing a token: %w", err)
-		}
+	tokens, err := s.podTokens()
+	if err != nil {
+		return err
 	}
 	rounds := b.n(3, 1)
 	var took []float64
@@ -76,49 +67,84 @@ func (b *bench) agentStart(ctx context.Context, s *stage) error {
 	return nil
 }
 
+// podTokens writes the tokens of as many pods as there are identities, and returns their folder.
+func (s *stage) podTokens() (string, error) {
+	tokens := filepath.Join(s.c.Dir, "pods")
+	if err := os.Mkdir(tokens, 0o700); err != nil {
+		return "", fmt.Errorf("making a folder: %w", err)
+	}
+	for i := range identities {
+		token, err := s.iss.Token("shop", fmt.Sprintf("app-%d", i), "node-1")
+		if err != nil {
+			return "", err
+		}
+		if err := os.WriteFile(filepath.Join(tokens, strconv.Itoa(i)), []byte(token), 0o600); err != nil {
+			return "", fmt.Errorf("writing a token: %w", err)
+		}
+	}
+	return tokens, nil
+}
+
 // startNode runs the program node once. With rest, it looks at its memory a while later.
 func (s *stage) startNode(ctx context.Context, tokens string, round int, rest bool) (seconds float64, m memory, err error) {
-	raw, err := s.c.Admin(ctx, "token", "create", "--agent", "--kube-node", kubeCluster+"/node-1")
+	seconds, p, done, err := s.runNode(ctx, tokens, "many-"+strconv.Itoa(round))
 	if err != nil {
 		return 0, m, err
 	}
-	name := "many-" + strconv.Itoa(round)
-	join := filepath.Join(s.c.Dir, name+".join")
-	if err := os.WriteFile(join, []byte(raw), 0o600); err != nil {
-		return 0, m, fmt.Errorf("writing the join token: %w", err)
-	}
-	state := cluster.StateDir(s.c.Dir, name)
-	if state == "none" {
-		state = ""
-	} else {
-		defer os.RemoveAll(state)
-	}
-	out := &lineWriter{lines: make(chan string, 64)}
-	p, err := s.c.Start(name, nil, out, filepath.Join(s.bin, "node"), "-join", join, "-tokens", tokens,
-		"-callers", strconv.Itoa(identities), "-state", state)
-	if err != nil {
-		return 0, m, err
-	}
-	defer p.Stop()
-	timeout := time.NewTimer(90 * time.Second)
-	defer timeout.Stop()
-	select {
-	case line := <-out.lines:
-		if seconds, err = strconv.ParseFloat(line, 64); err != nil {
-			return 0, m, fmt.Errorf("the agent said: %s", line)
-		}
-	case <-p.Done():
-		return 0, m, errors.New("the agent ended")
-	case <-timeout.C:
-		return 0, m, errors.New("not all callers had an SVID after 90 s")
-	case <-ctx.Done():
-		return 0, m, ctx.Err()
-	}
+	defer done()
 	if rest {
 		pause(ctx, 10*time.Second)
 		m, err = memoryOf(p.PID())
 	}
 	return seconds, m, err
+}
+
+// runNode starts the program node and waits until all its callers have their SVIDs.
+func (s *stage) runNode(ctx context.Context, tokens, name string) (seconds float64, p *cluster.Process, done func(), err error) {
+	raw, err := s.c.Admin(ctx, "token", "create", "--agent", "--kube-node", kubeCluster+"/node-1")
+	if err != nil {
+		return 0, nil, nil, err
+	}
+	join := filepath.Join(s.c.Dir, name+".join")
+	if err := os.WriteFile(join, []byte(raw), 0o600); err != nil {
+		return 0, nil, nil, fmt.Errorf("writing the join token: %w", err)
+	}
+	state := cluster.StateDir(s.c.Dir, name)
+	if state == "none" {
+		state = ""
+	}
+	out := &lineWriter{lines: make(chan string, 64)}
+	p, err = s.c.Start(name, nil, out, filepath.Join(s.bin, "node"), "-join", join, "-tokens", tokens,
+		"-callers", strconv.Itoa(identities), "-state", state)
+	if err != nil {
+		return 0, nil, nil, err
+	}
+	done = func() {
+		p.Stop()
+		if state != "" {
+			os.RemoveAll(state)
+		}
+	}
+	defer func() {
+		if err != nil {
+			done()
+		}
+	}()
+	timeout := time.NewTimer(90 * time.Second)
+	defer timeout.Stop()
+	select {
+	case line := <-out.lines:
+		if seconds, err = strconv.ParseFloat(line, 64); err != nil {
+			return 0, nil, nil, fmt.Errorf("the agent said: %s", line)
+		}
+		return seconds, p, done, nil
+	case <-p.Done():
+		return 0, nil, nil, errors.New("the agent ended")
+	case <-timeout.C:
+		return 0, nil, nil, errors.New("not all callers had an SVID after 90 s")
+	case <-ctx.Done():
+		return 0, nil, nil, ctx.Err()
+	}
 }
 
 // memberMemory looks at members that have nothing to do, right after they have come up.

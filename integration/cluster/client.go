@@ -119,3 +119,12 @@ func (m *Member) AdminConn() (adminv1.AdminClient, func(), error) {
 	}
 	return adminv1.NewAdminClient(conn), func() { conn.Close() }, nil
 }
+
+// Trust connects to a member's admin socket, for its authorities.
+func (m *Member) Trust() (adminv1.TrustClient, func(), error) {
+	conn, err := grpc.NewClient("unix:"+m.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, nil, err
+	}
+	return adminv1.NewTrustClient(conn), func() { conn.Close() }, nil
+}
