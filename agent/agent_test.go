@@ -334,7 +334,7 @@ func TestBundlePush(t *testing.T) {
 		}
 	}
 	eventually(t, "acknowledged", func() (ok bool) {
-		c.locked(func() { ok = c.acks[len(c.acks)-1].BundleSequence == 2 })
+		c.locked(func() { ok = len(c.acks) > 0 && c.acks[len(c.acks)-1].BundleSequence == 2 })
 		return ok
 	})
 	// Another's concerns those who federate with it.
@@ -343,13 +343,16 @@ func TestBundlePush(t *testing.T) {
 		t.Errorf("bundle: %+v", u.Bundles)
 	}
 	plain.quiet()
-	// An older one is not taken, and the same again is not sent again.
+	// An older one is not taken, nor what comes with it, and the same again is not sent again.
+	newest := c.bundle
 	push(func() {
 		b := *c.bundle
 		b.Sequence, b.X509 = 1, b.X509[:1]
 		c.bundle = &b
+		old := *other
+		c.federated = []*identity.Bundle{&old}
 	})
-	push(func() { b := *other; b.Sequence = 9; c.federated = []*identity.Bundle{&b} })
+	push(func() { b := *other; b.Sequence = 9; c.bundle, c.federated = newest, []*identity.Bundle{&b} })
 	if u := both.next(); u.Bundles[td].Sequence != 2 || u.Bundles[other.TrustDomain].Sequence != 9 {
 		t.Errorf("bundles: %+v", u.Bundles)
 	}
@@ -386,6 +389,26 @@ func TestFederatedBundleComesAlong(t *testing.T) {
 	if u := watchUpdates(t, a.Agent, caller("second")).next(); u.Bundles[other.TrustDomain].Sequence != 8 {
 		t.Errorf("bundles: %+v", u.Bundles)
 	}
+	// A stream that is new says nothing of a trust domain before it was told of the workloads: what is held stays.
+	push()
+	w.quiet()
+	// A member that lags brings no bundle back.
+	c.mu.Lock()
+	c.bundle.Sequence++
+	c.mu.Unlock()
+	push(&newer)
+	if u := w.next(); len(u.Bundles) != 2 || u.Bundles[td].Sequence != c.bundle.Sequence { // the first since: nothing was taken away
+		t.Errorf("bundles: %+v", u.Bundles)
+	}
+	c.mu.Lock()
+	c.bundle.Sequence--
+	c.mu.Unlock()
+	push(other)
+	w.quiet()
+	c.mu.Lock()
+	c.bundle.Sequence++
+	c.spokenOf = []string{"other.org"}
+	c.mu.Unlock()
 	push() // the relationship ended
 	if u := w.next(); len(u.Bundles) != 1 {
 		t.Errorf("bundles: %+v", u.Bundles)

@@ -123,6 +123,7 @@ type cluster struct {
 	bundle    *identity.Bundle
 	federated []*identity.Bundle
 	along     []*identity.Bundle // federated ones that come with SVIDs
+	spokenOf  []string           // the trust domains that pushes say to be federated with, besides those of federated
 	revision  uint64
 	grants    map[string][]testGrant // by token
 	ownTTL    time.Duration
@@ -331,8 +332,10 @@ func (m *member) admit(ctx context.Context) error {
 // state is the full state as it is pushed. The caller holds c.mu.
 func (c *cluster) state() *nodev1.SyncResponse {
 	st := &nodev1.State{Bundles: &nodev1.State_Bundles{Own: api.BundleToWire(c.bundle)}, Members: &nodev1.State_Members{}}
+	st.Bundles.FederatesWith = slices.Clone(c.spokenOf)
 	for _, b := range c.federated {
 		st.Bundles.Federated = append(st.Bundles.Federated, api.BundleToWire(b))
+		st.Bundles.FederatesWith = append(st.Bundles.FederatesWith, b.TrustDomain.Name())
 	}
 	for _, m := range c.members {
 		st.Members.Addresses = append(st.Members.Addresses, m.addr)

@@ -14,7 +14,6 @@ import (
 
 	"countersign.io/countersign/api"
 	nodev1 "countersign.io/countersign/api/node/v1"
-	workloadv1 "countersign.io/countersign/api/workload/v1"
 	"countersign.io/countersign/identity"
 )
 
@@ -243,14 +242,15 @@ func (a *Agent) giveUp(t *trust) {
 	}
 }
 
-// takeBundles is a member's push of bundles. It reports whether they were older than what is held.
-func (a *Agent) takeBundles(own *workloadv1.Bundle, federated []*workloadv1.Bundle) (stale bool, err error) {
-	b, err := api.BundleFromWire(own)
+// takeBundles is a member's push of bundles. It reports whether they were older than what is held: then those of other trust
+// domains are not taken either.
+func (a *Agent) takeBundles(m *nodev1.State_Bundles) (stale bool, err error) {
+	b, err := api.BundleFromWire(m.Own)
 	if err != nil {
 		return false, err
 	}
-	others := make([]*identity.Bundle, len(federated))
-	for i, f := range federated {
+	others := make([]*identity.Bundle, len(m.Federated))
+	for i, f := range m.Federated {
 		if others[i], err = api.BundleFromWire(f); err != nil {
 			return false, err
 		}
@@ -258,39 +258,17 @@ func (a *Agent) takeBundles(own *workloadv1.Bundle, federated []*workloadv1.Bund
 	a.trustMu.Lock()
 	defer a.trustMu.Unlock()
 	old := a.trust.Load()
+	if b.Sequence < old.own.Sequence {
+		others = old.federated()
+	} else {
+		others = append(others, a.notSpokenOf(old, others, m.FederatesWith)...)
+	}
 	t, err := newTrust(old, old.td, b, others)
 	if err != nil {
 		return false, err
 	}
 	a.setTrust(t)
 	return b.Sequence < t.own.Sequence, nil
-}
-
-// addFederated takes up bundles that came with SVIDs, before the stream has them: those that the agent has already stay as they
-// are, for the stream's word is newer or will be.
-func (a *Agent) addFederated(more []*workloadv1.Bundle) error {
-	if len(more) == 0 {
-		return nil
-	}
-	a.trustMu.Lock()
-	defer a.trustMu.Unlock()
-	old := a.trust.Load()
-	all := old.federated()
-	for _, w := range more {
-		b, err := api.BundleFromWire(w)
-		if err != nil {
-			return fmt.Errorf("%w: %w", errAnswer, err)
-		}
-		if old.all[b.TrustDomain] == nil {
-			all = append(all, b)
-		}
-	}
-	t, err := newTrust(old, old.td, old.own, all)
-	if err != nil {
-		return fmt.Errorf("%w: %w", errAnswer, err)
-	}
-	a.setTrust(t)
-	return nil
 }
 
 // renewOwn gets a new SVID for the agent's own ID over the session.

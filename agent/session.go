@@ -201,7 +201,7 @@ func (a *Agent) handle(s *session, m *nodev1.SyncResponse) error {
 	switch {
 	case m.GetState() != nil:
 		if b := m.GetState().GetBundles(); b != nil {
-			stale, err := a.takeBundles(b.Own, b.Federated)
+			stale, err := a.takeBundles(b)
 			if err != nil {
 				return fmt.Errorf("%w: %w", errAnswer, err)
 			}

@@ -484,7 +484,9 @@ func TestSyncFederation(t *testing.T) {
 		t.Fatalf("the answer brings %v", resp.Federated)
 	}
 	s.watch(watched(1, resp.Results[0]))
-	s.wantBundles("a.org")
+	if b := s.wantBundles("a.org"); !slices.Equal(b.FederatesWith, []string{"a.org", "nobody.org"}) {
+		t.Errorf("it is told of %q", b.FederatesWith)
+	}
 	if again := issue("prod"); len(again.Federated) != 0 {
 		t.Errorf("what the stream has was sent again: %v", again.Federated)
 	}
@@ -526,7 +528,11 @@ func TestSyncFederation(t *testing.T) {
 	if _, err := c.DeleteFederation(ctx, &adminv1.DeleteFederationRequest{TrustDomain: "c.org"}); err != nil {
 		t.Fatal(err)
 	}
-	for _, b := range s.next().GetState().GetBundles().GetFederated() {
+	ended := s.next().GetState().GetBundles()
+	if !slices.Contains(ended.GetFederatesWith(), "c.org") {
+		t.Errorf("the end of a relationship is not told: %v", ended)
+	}
+	for _, b := range ended.GetFederated() {
 		if b.TrustDomain == "c.org" {
 			t.Error("a bundle of a relationship that has ended")
 		}

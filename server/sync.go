@@ -162,8 +162,8 @@ func (s *Server) push(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1
 			var with []string
 			if m.bundles {
 				state.Bundles = &nodev1.State_Bundles{Own: api.BundleToWire(s.cfg.State.Bundle())}
-				with = s.hub.federatedWith(sess)
-				state.Bundles.Federated, with = s.federatedToWire(with)
+				state.Bundles.FederatesWith = s.hub.federatedWith(sess)
+				state.Bundles.Federated, with = s.federatedToWire(state.Bundles.FederatesWith)
 			}
 			if m.members {
 				state.Members = &nodev1.State_Members{Addresses: s.addresses()}

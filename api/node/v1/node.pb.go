@@ -1112,9 +1112,12 @@ func (x *Ack_Use) GetUntil() *timestamppb.Timestamp {
 }
 
 type State_Bundles struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Own           *v1.Bundle             `protobuf:"bytes,1,opt,name=own,proto3" json:"own,omitempty"`
-	Federated     []*v1.Bundle           `protobuf:"bytes,2,rep,name=federated,proto3" json:"federated,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Own       *v1.Bundle             `protobuf:"bytes,1,opt,name=own,proto3" json:"own,omitempty"`
+	Federated []*v1.Bundle           `protobuf:"bytes,2,rep,name=federated,proto3" json:"federated,omitempty"`
+	// The trust domains that the workloads of this stream federate with, as far as the member has been told of them: there is no
+	// bundle of one that is here and not among federated. Of one that is not here, the member knows nothing.
+	FederatesWith []string `protobuf:"bytes,3,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1159,6 +1162,13 @@ func (x *State_Bundles) GetOwn() *v1.Bundle {
 func (x *State_Bundles) GetFederated() []*v1.Bundle {
 	if x != nil {
 		return x.Federated
+	}
+	return nil
+}
+
+func (x *State_Bundles) GetFederatesWith() []string {
+	if x != nil {
+		return x.FederatesWith
 	}
 	return nil
 }
@@ -1273,13 +1283,14 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x05state\x18\x02 \x01(\v2\x1a.countersign.node.v1.StateH\x00R\x05state\x128\n" +
 	"\achanged\x18\x03 \x01(\v2\x1c.countersign.node.v1.ChangedH\x00R\achangedB\t\n" +
-	"\amessage\"\xa9\x02\n" +
+	"\amessage\"\xd1\x02\n" +
 	"\x05State\x12<\n" +
 	"\abundles\x18\x01 \x01(\v2\".countersign.node.v1.State.BundlesR\abundles\x12<\n" +
-	"\amembers\x18\x02 \x01(\v2\".countersign.node.v1.State.MembersR\amembers\x1a{\n" +
+	"\amembers\x18\x02 \x01(\v2\".countersign.node.v1.State.MembersR\amembers\x1a\xa2\x01\n" +
 	"\aBundles\x121\n" +
 	"\x03own\x18\x01 \x01(\v2\x1f.countersign.workload.v1.BundleR\x03own\x12=\n" +
-	"\tfederated\x18\x02 \x03(\v2\x1f.countersign.workload.v1.BundleR\tfederated\x1a'\n" +
+	"\tfederated\x18\x02 \x03(\v2\x1f.countersign.workload.v1.BundleR\tfederated\x12%\n" +
+	"\x0efederates_with\x18\x03 \x03(\tR\rfederatesWith\x1a'\n" +
 	"\aMembers\x12\x1c\n" +
 	"\taddresses\x18\x01 \x03(\tR\taddresses\"9\n" +
 	"\aChanged\x12\x18\n" +
