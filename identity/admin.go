@@ -3,6 +3,7 @@ package identity
 import (
 	"fmt"
 	"strings"
+	"time"
 )
 
 // AdminRole is what an administrator who is not on a member's own machine may do. A higher role includes the lower ones; the
@@ -57,6 +58,32 @@ func (e *Entry) Power() AdminRole {
 		return AdminSecurity
 	}
 	return ""
+}
+
+// powerSlack is what the clocks of the members that issue and that made the entry may differ by, with the second that is cut off in
+// certificates.
+const powerSlack = 2 * time.Second
+
+// Empowers reports whether an SVID that was issued at that time has the entry's power. One from before does not: whoever could have
+// the ID while it was a workload's like any other must not become an admin by waiting.
+func (e *Entry) Empowers(issued time.Time) bool {
+	since := e.PowerSince
+	if since.IsZero() {
+		since = e.CreatedAt // by a version that did not keep it
+	}
+	return !issued.Add(powerSlack).Before(since)
+}
+
+// Since sets when the entry's power began, at now unless the one that it takes the place of gave the same ID as much.
+func (e *Entry) Since(old *Entry, now time.Time) {
+	switch {
+	case e.Power() == "":
+		e.PowerSince = time.Time{}
+	case old != nil && old.SPIFFEID == e.SPIFFEID && old.Power().Includes(e.Power()):
+		e.PowerSince = old.PowerSince
+	default:
+		e.PowerSince = now
+	}
 }
 
 // checkPower refuses entries by which somebody could make himself an admin.

@@ -80,6 +80,7 @@ type Entry struct {
 	FederatesWith []string      `json:"federates_with,omitempty"` // trust domain names
 	Admin         bool          `json:"admin,omitempty"`          // see Power
 	AdminRole     AdminRole     `json:"admin_role,omitempty"`
+	PowerSince    time.Time     `json:"power_since,omitzero"` // the state's: since when its SPIFFE ID has at least that power by it
 	// Downstream: whoever has this identity may ask for a certificate authority below ours, as a CA cluster of the same
 	// trust domain does. Its SPIFFE ID has no placeholders.
 	Downstream bool      `json:"downstream,omitempty"`

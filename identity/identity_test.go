@@ -180,6 +180,41 @@ func TestAdminEntries(t *testing.T) {
 	}
 }
 
+func TestPowerSince(t *testing.T) {
+	at := func(s int) time.Time { return time.Unix(int64(s), 0) }
+	reader := &Entry{SPIFFEID: "spiffe://example.org/a", AdminRole: AdminReader}
+	reader.Since(nil, at(100))
+	for name, row := range map[string]struct {
+		next Entry
+		want time.Time
+	}{
+		"the same": {Entry{SPIFFEID: reader.SPIFFEID, AdminRole: AdminReader, Hint: "x"}, at(100)},
+		"more":     {Entry{SPIFFEID: reader.SPIFFEID, AdminRole: AdminOperator}, at(200)},
+		"moved":    {Entry{SPIFFEID: "spiffe://example.org/b", AdminRole: AdminReader}, at(200)},
+		"none":     {Entry{SPIFFEID: reader.SPIFFEID, PowerSince: at(1)}, time.Time{}},
+	} {
+		row.next.Since(reader, at(200))
+		if !row.next.PowerSince.Equal(row.want) {
+			t.Errorf("%s: since %v", name, row.next.PowerSince)
+		}
+	}
+	less := &Entry{SPIFFEID: "spiffe://example.org/a", AdminRole: AdminSecurity, PowerSince: at(50)}
+	reader.Since(less, at(200))
+	if !reader.PowerSince.Equal(at(50)) {
+		t.Errorf("less power: since %v", reader.PowerSince)
+	}
+	e := Entry{AdminRole: AdminReader, PowerSince: at(100), CreatedAt: at(50)}
+	for s, want := range map[int]bool{0: false, 97: false, 98: true, 100: true, 200: true} {
+		if got := e.Empowers(at(s)); got != want {
+			t.Errorf("an SVID of %d: %t", s, got)
+		}
+	}
+	e.PowerSince = time.Time{}
+	if e.Empowers(at(40)) || !e.Empowers(at(60)) {
+		t.Error("an entry of before is judged by when it was created")
+	}
+}
+
 type markedAs struct {
 	admin bool
 	role  AdminRole

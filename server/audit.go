@@ -116,7 +116,7 @@ func (s *Server) auditWho(ctx context.Context, c caller) audit.Who {
 	case remote:
 		// Who has no power is not somebody we know: what such callers have recorded is bounded.
 		w.Kind = "workload"
-		if role := s.power(c.id); role != "" {
+		if role := s.power(c); role != "" {
 			w.Kind, w.Role = "admin", string(role)
 		}
 	case guest:

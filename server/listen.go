@@ -40,9 +40,9 @@ type ListenConfig struct {
 // Listener finishes each TLS handshake on its own and then hands the connection to whom it is for. Run accepts;
 // the net.Listeners give what has arrived.
 type Listener struct {
-	cfg                           ListenConfig
-	agents, guests, admins, peers *queue
-	crowds                        *lineLimit // an agent over its limit comes again at once
+	cfg                                       ListenConfig
+	agents, guests, admins, candidates, peers *queue
+	crowds                                    *lineLimit // an agent over its limit comes again at once
 
 	mu        sync.Mutex
 	strangers *list.List // of *stranger, the oldest first
@@ -87,7 +87,7 @@ func NewListener(cfg ListenConfig) (*Listener, error) {
 		cfg.MaxPerAgent = 16
 	}
 	l := &Listener{cfg: cfg, strangers: list.New(), perAddr: map[netip.Addr]int{}, perAgent: map[spiffeid.ID]int{}, crowds: newLineLimit()}
-	for _, q := range []**queue{&l.agents, &l.guests, &l.admins, &l.peers} {
+	for _, q := range []**queue{&l.agents, &l.guests, &l.admins, &l.candidates, &l.peers} {
 		*q = newQueue(cfg.TCP.Addr())
 	}
 	return l, nil
@@ -99,8 +99,12 @@ func (l *Listener) Agents() net.Listener { return l.agents }
 // Guests gives the gRPC connections of everybody else.
 func (l *Listener) Guests() net.Listener { return l.guests }
 
-// Admins gives the connections with ALPN api.ALPNAdmin, of whoever has an SVID and may be an admin.
+// Admins gives the connections with ALPN api.ALPNAdmin of those who are admins by ListenConfig.Admin, Candidates those of workloads
+// that are not: they get as little memory and time as guests, and are told no.
 func (l *Listener) Admins() net.Listener { return l.admins }
+
+// Candidates: see Admins.
+func (l *Listener) Candidates() net.Listener { return l.candidates }
 
 // Raft gives the connections of other members with ALPN api.ALPNRaft.
 func (l *Listener) Raft() net.Listener { return l.peers }
@@ -145,7 +149,7 @@ func (l *Listener) Run(ctx context.Context) error {
 
 func (l *Listener) close() {
 	l.cfg.TCP.Close()
-	for _, q := range []*queue{l.agents, l.guests, l.admins, l.peers} {
+	for _, q := range []*queue{l.agents, l.guests, l.admins, l.candidates, l.peers} {
 		q.Close()
 	}
 }
@@ -216,15 +220,13 @@ func (l *Listener) greet(ctx context.Context, s *stranger) {
 		c.Close()
 		return
 	}
-	known := to == l.agents || to == l.peers
-	if to == l.admins {
+	if to == l.admins || to == l.candidates {
 		c.caller.kind = remote
-		known = l.cfg.Admin != nil && l.cfg.Admin(c.caller.id)
 	}
-	if known {
+	if to != l.guests && to != l.candidates {
 		c.forget() // no stranger any more
 	}
-	if known && to != l.peers && !l.enlist(c) {
+	if (to == l.agents || to == l.admins) && !l.enlist(c) {
 		if leftOut, ok := l.crowds.allow(time.Now()); ok {
 			l.cfg.Log.Warn("too many connections of one agent or admin", "caller", c.caller.id, "address", s.addr, "left_out_before", leftOut)
 		}
@@ -263,8 +265,10 @@ func (l *Listener) route(alpn string, c caller) *queue {
 		return l.agents
 	case alpn == alpnGRPC:
 		return l.guests
-	case alpn == api.ALPNAdmin && k == workload:
+	case alpn == api.ALPNAdmin && k == workload && l.cfg.Admin != nil && l.cfg.Admin(c.id):
 		return l.admins
+	case alpn == api.ALPNAdmin && k == workload:
+		return l.candidates
 	case alpn == api.ALPNRaft && k == member:
 		return l.peers
 	}

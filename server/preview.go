@@ -66,7 +66,7 @@ func (s *Server) mayBeEntry(e *identity.Entry) error {
 func (s *Server) gains(out *effects, e *identity.Entry) {
 	out.add("%d workloads that agents serve at this member have these selectors now", s.hub.count(e.Selectors))
 	if role := e.Power(); role != "" {
-		out.add("whoever has %s becomes an admin with the role %s, also who has it by an earlier SVID", e.SPIFFEID, role)
+		out.add("whoever has %s becomes an admin with the role %s, with the next SVID", e.SPIFFEID, role)
 	}
 	if e.Downstream {
 		out.add("whoever has %s may have a certificate authority signed", e.SPIFFEID)

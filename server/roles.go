@@ -23,14 +23,27 @@ import (
 // powerLook is how often a stream looks whether its admin still has the power that it needs.
 const powerLook = time.Second
 
-// power is the role that an identity has as an admin, by an entry or by this member's configuration; empty: none.
-func (s *Server) power(id spiffeid.ID) identity.AdminRole {
-	return s.entryPower(id).Higher(s.cfg.AdminRoles[id])
+// power is the role that a remote admin's SVID gives now, by an entry or by this member's configuration; empty: none.
+func (s *Server) power(c caller) identity.AdminRole {
+	role, now := s.cfg.AdminRoles[c.id], s.cfg.Now()
+	for _, e := range s.cfg.State.AdminEntries(c.id.String()) {
+		if !e.Expired(now) && e.Empowers(c.issued.Add(backdate)) {
+			role = role.Higher(e.Power())
+		}
+	}
+	// The roots of an upstream are in the bundle: whoever else signs below them could sign an admin's name.
+	if role != "" && !s.issuedHere(c) {
+		return ""
+	}
+	return role
 }
 
 // IsAdmin reports whether an identity has any role now, for ListenConfig.Admin.
-func (s *Server) IsAdmin(id spiffeid.ID) bool { return s.power(id) != "" }
+func (s *Server) IsAdmin(id spiffeid.ID) bool {
+	return s.cfg.AdminRoles[id] != "" || s.entryPower(id) != ""
+}
 
+// entryPower is the role that entries give to an identity now.
 func (s *Server) entryPower(id spiffeid.ID) (role identity.AdminRole) {
 	now := s.cfg.Now()
 	for _, e := range s.cfg.State.AdminEntries(id.String()) {
@@ -50,8 +63,12 @@ func (s *Server) remoteAdmin(who caller, method string, need identity.AdminRole)
 	if stale := s.cfg.Cluster.Staleness(); stale > s.cfg.MaxStaleness {
 		return fmt.Errorf("%w: this member has not heard from a leader for longer than max_staleness (%v), so it cannot tell who is an admin: ask another member, or this one by its admin socket", identity.ErrUnavailable, s.cfg.MaxStaleness)
 	}
-	have := s.power(who.id)
+	have := s.power(who)
 	switch {
+	case have == "" && s.IsAdmin(who.id) && !s.issuedHere(who):
+		return fmt.Errorf("%w: the certificate of %s was not issued by a member of this cluster under an authority that it vouches for", identity.ErrDenied, who.id)
+	case have == "" && s.entryPower(who.id) != "":
+		return fmt.Errorf("%w: the SVID that this connection was made with is of %s, from before %s was made an admin: get a new one", identity.ErrDenied, who.issued.Add(backdate).UTC().Format(time.RFC3339), who.id)
 	case have == "":
 		return fmt.Errorf("%w: %s is no admin: no entry gives it a role (countersign entry create --admin-role ... --id %s), nor does admin.ids of this member", identity.ErrDenied, who.id, who.id)
 	case !have.Includes(need):

@@ -153,8 +153,8 @@ func TestEveryRPCByEveryRole(t *testing.T) {
 			t.Errorf("%s is not served to admins", m)
 		}
 	}
-	if a, b := rpcsOf(w.srv.admin), rpcsOf(w.srv.admins); !slices.Equal(a, b) {
-		t.Errorf("on the socket %v\non the port %v", a, b)
+	if a, b, c := rpcsOf(w.srv.admin), rpcsOf(w.srv.admins), rpcsOf(w.srv.candidates); !slices.Equal(a, b) || !slices.Equal(a, c) {
+		t.Errorf("on the socket %v\non the port %v\nof candidates %v", a, b, c)
 	}
 }
 
@@ -461,6 +461,39 @@ func TestWorkloadsOnAdminConnectionsStayStrangers(t *testing.T) {
 	if n > 2 || enlisted != 1 {
 		t.Errorf("%d strangers, %d that are known", n, enlisted)
 	}
+	// They get no more memory than guests do.
+	big := &adminv1.Entry{Hint: strings.Repeat("x", maxGuestMessage+1)}
+	_, err := adminv1.NewAdminClient(w.dialAdmin(t, w.certificate(t, "/ns/prod/sa/web"))).CreateEntry(testContext(t), big)
+	wantCode(t, err, codes.ResourceExhausted, "larger than max")
+	_, err = w.as(t, identity.AdminOperator).CreateEntry(testContext(t), big)
+	wantCode(t, err, codes.InvalidArgument)
+}
+
+// Who could have an admin's ID before it was one does not become an admin by having kept an SVID.
+func TestSVIDsFromBeforeGiveNoPower(t *testing.T) {
+	w := newWorld(t).start(t)
+	early := w.certificate(t, "/ops/chief") // minted while it was a workload's ID like any other
+	e := w.adminEntry(t, "/ops/chief", identity.AdminSecurity)
+	call := func(c *tls.Certificate) error {
+		_, err := adminv1.NewAdminClient(w.dialAdmin(t, c)).Status(testContext(t), &adminv1.Empty{})
+		return err
+	}
+	since := func(at time.Time) {
+		w.state.mu.Lock()
+		defer w.state.mu.Unlock()
+		changed := *w.state.entries[e.Id]
+		changed.PowerSince = at
+		w.state.entries[e.Id] = &changed
+	}
+	since(time.Now().Add(-time.Hour))
+	if err := call(early); err != nil {
+		t.Fatal(err)
+	}
+	since(time.Now().Add(time.Minute))
+	wantCode(t, call(early), codes.PermissionDenied, "was made an admin: get a new one")
+	if e := w.wantEvent(t, "admin.status", audit.Refused); e.Who.Kind != "workload" || e.Who.Role != "" {
+		t.Errorf("recorded as %+v", e)
+	}
 }
 
 // A cluster below may sign any name of the trust domain, and another trust domain its own: neither makes an admin.
@@ -506,6 +539,46 @@ func TestAdminsOfOtherClusters(t *testing.T) {
 		if _, err := adminv1.NewAdminClient(conn).Status(testContext(t), &adminv1.Empty{}); status.Code(err) != codes.Unavailable {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// Below an upstream's root others may sign too, without a mark of their own: they make no admins.
+func TestAdminsByAnotherAuthority(t *testing.T) {
+	w, u := newUpperWorld(t)
+	w.start(t)
+	w.adminEntry(t, "/boss", identity.AdminSecurity)
+	if _, err := adminv1.NewAdminClient(w.dialAdmin(t, w.certificate(t, "/boss"))).Status(testContext(t), &adminv1.Empty{}); err != nil {
+		t.Fatal(err)
+	}
+	a, der, err := ca.NewX509AuthorityUnder(testContext(t), w.td, u, time.Hour, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	beside, err := ca.New(ca.Config{TrustDomain: w.td, MemberName: "m9"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.SealedKey = []byte("x")
+	err = beside.SetAuthorities([]identity.Authority{a}, func(identity.Authority) (crypto.Signer, error) {
+		k, err := x509.ParsePKCS8PrivateKey(der)
+		return k.(crypto.Signer), err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, _ := newKey(t)
+	p, err := beside.PrepareX509(identity.Issuance{ID: spiffeid.RequireFromPath(w.td, "/boss"), PublicKey: key.Public()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	svid, err := p.Issue()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = adminv1.NewAdminClient(w.dialAdmin(t, &tls.Certificate{Certificate: svid.Chain, PrivateKey: key})).Status(testContext(t), &adminv1.Empty{})
+	wantCode(t, err, codes.PermissionDenied, "not issued by a member of this cluster")
+	if e := w.wantEvent(t, "admin.status", audit.Refused); e.Who.Kind != "workload" {
+		t.Errorf("recorded as %+v", e)
 	}
 }
 

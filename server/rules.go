@@ -172,7 +172,7 @@ func (s *Server) authorize(ctx context.Context, who caller, method string) (cont
 		}
 		c.agent = a
 	case c.kind == remote:
-		if err := s.limits.admin(c.caller, s.power(c.id) != ""); err != nil {
+		if err := s.limits.admin(c.caller, s.power(c.caller) != ""); err != nil {
 			return nil, err
 		}
 		if err := s.remoteAdmin(c.caller, method, c.rule.role); err != nil {

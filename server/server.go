@@ -44,8 +44,9 @@ type Config struct {
 	Version     string
 	Level       uint32 // the highest that this version knows, see Admission
 
-	// Agents, Guests and Admins are a Listener's; Admin is of ListenAdmin. Without Admins no admin is served but on the socket.
-	Agents, Guests, Admins, Admin net.Listener
+	// Agents, Guests, Admins and Candidates are a Listener's; Admin is of ListenAdmin. Without the third and fourth no admin is served
+	// but on the socket.
+	Agents, Guests, Admins, Candidates, Admin net.Listener
 	// AdminRoles are SPIFFE IDs that are admins by this member's configuration, beside those that entries mark.
 	AdminRoles map[spiffeid.ID]identity.AdminRole
 
@@ -154,6 +155,7 @@ type Server struct {
 	guests       *grpc.Server
 	admin        *grpc.Server // on the socket
 	admins       *grpc.Server // on the TLS port
+	candidates   *grpc.Server // the same for those who are none
 }
 
 // New checks the configuration and starts nothing.
@@ -203,8 +205,12 @@ func New(cfg Config) (*Server, error) {
 		downstreamv1.RegisterDownstreamServer(g, downstreamService{Server: s})
 		healthv1.RegisterHealthServer(g, healthService{s.health, s.refreshHealth})
 	}
-	s.admins = s.newGRPC(handshaken{}, maxAgentMessage, 64, keepalive.ServerParameters{MaxConnectionIdle: time.Minute, Time: 30 * time.Second, Timeout: 10 * time.Second})
-	for _, g := range []*grpc.Server{s.admin, s.admins} {
+	// Connections end now and then, between calls, so that who is no admin any longer is a candidate at the next.
+	s.admins = s.newGRPC(handshaken{}, maxAgentMessage, 64, keepalive.ServerParameters{MaxConnectionIdle: time.Minute, MaxConnectionAge: 5 * time.Minute, Time: 30 * time.Second, Timeout: 10 * time.Second})
+	s.candidates = s.newGRPC(handshaken{}, maxGuestMessage, 2, keepalive.ServerParameters{
+		MaxConnectionIdle: 10 * time.Second, MaxConnectionAge: time.Minute, MaxConnectionAgeGrace: firstFrame, Time: 10 * time.Second, Timeout: 5 * time.Second,
+	})
+	for _, g := range []*grpc.Server{s.admin, s.admins, s.candidates} {
 		adminv1.RegisterAdminServer(g, adminService{Server: s})
 		adminv1.RegisterFederationServer(g, federationService{Server: s})
 		adminv1.RegisterTrustServer(g, trustService{Server: s})
@@ -285,7 +291,7 @@ func (s *Server) Run(ctx context.Context) error {
 	for _, x := range []struct {
 		srv *grpc.Server
 		on  net.Listener
-	}{{s.agents, s.cfg.Agents}, {s.guests, s.cfg.Guests}, {s.admin, s.cfg.Admin}, {s.admins, s.cfg.Admins}} {
+	}{{s.agents, s.cfg.Agents}, {s.guests, s.cfg.Guests}, {s.admin, s.cfg.Admin}, {s.admins, s.cfg.Admins}, {s.candidates, s.cfg.Candidates}} {
 		if x.on == nil {
 			continue
 		}
@@ -306,7 +312,7 @@ func (s *Server) stop() {
 	s.hub.endAll(fmt.Errorf("%w: this member is stopping: use another", identity.ErrUnavailable), true)
 	s.downstreams.stop()
 	var g errgroup.Group
-	for _, srv := range []*grpc.Server{s.agents, s.guests, s.admin, s.admins} {
+	for _, srv := range []*grpc.Server{s.agents, s.guests, s.admin, s.admins, s.candidates} {
 		g.Go(func() error {
 			t := time.AfterFunc(stopTime, srv.Stop)
 			defer t.Stop()

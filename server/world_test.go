@@ -135,14 +135,14 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 	must(err)
 	lc.TLS = ServerTLS(TLSConfig{TrustDomain: w.td, Certificate: w.ca.MemberCertificate, Bundle: w.state.Bundle})
 	lc.Log = log
-	lc.Admin = func(id spiffeid.ID) bool { return w.srv.power(id) != "" }
+	lc.Admin = func(id spiffeid.ID) bool { return w.srv.IsAdmin(id) }
 	w.port, err = NewListener(lc)
 	must(err)
 	w.socket = filepath.Join(privateDir(t), "admin.sock")
 	admin, err := ListenAdmin(w.socket)
 	must(err)
 	cfg := Config{
-		TrustDomain: w.td, MemberID: "m1", Version: "test", Level: 2, Agents: w.port.Agents(), Guests: w.port.Guests(), Admins: w.port.Admins(), Admin: admin,
+		TrustDomain: w.td, MemberID: "m1", Version: "test", Level: 2, Agents: w.port.Agents(), Guests: w.port.Guests(), Admins: w.port.Admins(), Candidates: w.port.Candidates(), Admin: admin,
 		CA: w.ca, State: State{w.state, w.state, w.state, w.state}, Writes: Writes{w.state, w.state, w.state, w.state, w.state}, Pods: w.pods,
 		Cluster: Cluster{
 			Staleness: func() time.Duration { return time.Duration(w.stale.Load()) },

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"countersign.io/countersign/identity"
 )
@@ -12,6 +13,7 @@ import (
 func (a *applier) createEntry(e *identity.Entry) (any, error) {
 	r := &entryRecord{Created: a.index, Entry: *e}
 	r.CreatedAt, r.ExpiresAt, r.Revision = a.now, e.ExpiresAt.UTC(), a.index
+	a.since(&r.Entry, nil)
 	if err := errors.Join(r.check(), a.mayBe(e)); err != nil {
 		return nil, err
 	}
@@ -29,6 +31,13 @@ func (a *applier) createEntry(e *identity.Entry) (any, error) {
 	}
 	a.changed(change{putEntry: r})
 	return &r.Entry, nil
+}
+
+// since is for the state to say, and only where every member keeps it.
+func (a *applier) since(e, old *identity.Entry) {
+	if e.PowerSince = (time.Time{}); a.level >= level2 {
+		e.Since(old, a.now)
+	}
 }
 
 func (a *applier) mayBe(e *identity.Entry) error {
@@ -63,6 +72,7 @@ func (a *applier) updateEntry(d *updateEntryData) (any, error) {
 	}
 	r := &entryRecord{Created: old.Created, Entry: d.Entry}
 	r.CreatedAt, r.ExpiresAt, r.Revision = old.CreatedAt, d.Entry.ExpiresAt.UTC(), old.Revision
+	a.since(&r.Entry, &old.Entry)
 	if err := errors.Join(r.check(), a.mayBe(&d.Entry)); err != nil {
 		return nil, err
 	}

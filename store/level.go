@@ -43,7 +43,7 @@ func (t state) level() (uint32, error) {
 }
 
 func levelOfEntry(e *identity.Entry) uint32 {
-	if e.Downstream || e.AdminRole != "" {
+	if e.Downstream || e.AdminRole != "" || !e.PowerSince.IsZero() {
 		return level2
 	}
 	return 1

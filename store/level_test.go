@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"countersign.io/countersign/identity"
 	"countersign.io/countersign/raft"
@@ -304,6 +305,25 @@ func TestAdminEntries(t *testing.T) {
 	are("/ops")
 	are("/other")
 	checkConsistent(t, s)
+	// Since when is the state's to say, from the command's time.
+	late := admin("late", "/late", identity.AdminReader)
+	late.PowerSince = now.Add(-time.Hour)
+	if e := must[identity.Entry](t)(w.CreateEntry(ctx, now, late)); !e.PowerSince.Equal(now) {
+		t.Errorf("its power is since %v", e.PowerSince)
+	}
+	late.AdminRole = identity.AdminSecurity
+	if e := must[identity.Entry](t)(w.UpdateEntry(ctx, now.Add(time.Minute), late, 0)); !e.PowerSince.Equal(now.Add(time.Minute)) {
+		t.Errorf("its power is since %v", e.PowerSince)
+	}
+	late.Hint = "x"
+	if e := must[identity.Entry](t)(w.UpdateEntry(ctx, now.Add(time.Hour), late, 0)); !e.PowerSince.Equal(now.Add(time.Minute)) {
+		t.Errorf("its power is since %v", e.PowerSince)
+	}
+	late.AdminRole = ""
+	if e := must[identity.Entry](t)(w.UpdateEntry(ctx, now.Add(time.Hour), late, 0)); !e.PowerSince.IsZero() {
+		t.Errorf("its power is since %v", e.PowerSince)
+	}
+	checkConsistent(t, s)
 	_, err := w.CreateEntry(ctx, now, admin("all", "/{k8s:ns}", identity.AdminReader))
 	wantErr(t, err, identity.ErrInvalid, "placeholders")
 	raw, err := json.Marshal(entryFor("x", "/x", "k8s:ns:x"))
@@ -320,5 +340,7 @@ func TestAdminRolesWaitForTheLevel(t *testing.T) {
 	_, err := w.CreateEntry(t.Context(), now, e)
 	wantErr(t, err, identity.ErrPrecondition, "an admin's role")
 	e.Admin, e.AdminRole = true, ""
-	must[identity.Entry](t)(w.CreateEntry(t.Context(), now, e))
+	if e = must[identity.Entry](t)(w.CreateEntry(t.Context(), now, e)); !e.PowerSince.IsZero() {
+		t.Errorf("what older members do not keep is there: %v", e.PowerSince)
+	}
 }

@@ -295,7 +295,7 @@ func (m *member) replicate(ctx context.Context) error {
 	}
 	m.server, err = server.New(server.Config{
 		TrustDomain: m.td, MemberID: c.Name, Version: version, Level: store.Level,
-		Agents: m.port.Agents(), Guests: m.port.Guests(), Admins: m.port.Admins(), Admin: m.admin, AdminRoles: m.adminRoles(),
+		Agents: m.port.Agents(), Guests: m.port.Guests(), Admins: m.port.Admins(), Candidates: m.port.Candidates(), Admin: m.admin, AdminRoles: m.adminRoles(),
 		CA: m.ca, State: server.State{EntryReader: m.store, Registry: m.store, Trust: m.store, Admission: m.store},
 		Writes:  server.Writes{EntryWriter: w, KubeWriter: w, TokenWriter: w, AgentWriter: w, ClusterWriter: w},
 		Pods:    m.pods,
