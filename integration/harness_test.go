@@ -65,7 +65,7 @@ func newWorld(t *testing.T, members int, serverYAML string) *world {
 }
 
 // newWorldOf is newWorld of the binaries in a folder.
-func newWorldOf(t *testing.T, bin string, members int, serverYAML string) *world {
+func newWorldOf(t *testing.T, bin string, members int, serverYAML string, edits ...func(*cluster.Cluster)) *world {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	t.Cleanup(cancel)
@@ -74,6 +74,9 @@ func newWorldOf(t *testing.T, bin string, members int, serverYAML string) *world
 		t.Fatal(err)
 	}
 	w := &world{t: t, ctx: ctx, Cluster: &cluster.Cluster{Dir: dir, Bin: bin, TrustDomain: trustDomain, ServerYAML: serverYAML}}
+	for _, edit := range edits {
+		edit(w.Cluster)
+	}
 	t.Cleanup(func() {
 		w.Close()
 		if t.Failed() {

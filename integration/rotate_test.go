@@ -34,7 +34,11 @@ type rotation struct {
 
 func newRotation(t *testing.T, yaml string) *rotation {
 	t.Helper()
-	w := newWorld(t, 3, yaml)
+	return newRotationIn(t, newWorld(t, 3, yaml))
+}
+
+func newRotationIn(t *testing.T, w *world) *rotation {
+	t.Helper()
 	r := &rotation{world: w}
 	for i := range 2 {
 		node := fmt.Sprint("node-", i+1)

@@ -32,8 +32,9 @@ type Cluster struct {
 	ServerYAML, AgentYAML string
 	// Net, if set, has each member in a network namespace of its own; nil is loopback for all.
 	Net *Net
-	// Prepare, if set, is called with a new member before it starts, and may change what it is.
-	Prepare func(*Member) error
+	// Prepare, if set, is called with a new member before it starts, and may change what it is; PrepareAgent with a new agent.
+	Prepare      func(*Member) error
+	PrepareAgent func(*Agent) error
 
 	Members []*Member
 	Agents  []*Agent
@@ -52,6 +53,7 @@ type Member struct {
 // Agent is one node agent.
 type Agent struct {
 	Name, Dir, Socket, Health string
+	Space                     string // of Net, that it runs in; empty: this machine
 	args                      []string
 	*Process
 }
@@ -287,6 +289,11 @@ func (c *Cluster) StartAgent(ctx context.Context, kubeNode string, flags ...stri
 	if a.Health, err = FreeAddress(); err != nil {
 		return nil, err
 	}
+	if c.PrepareAgent != nil {
+		if err := c.PrepareAgent(a); err != nil {
+			return nil, err
+		}
+	}
 	args := []string{"token", "create", "--agent"}
 	if kubeNode != "" {
 		args = append(args, "--kube-node", kubeNode)
@@ -322,7 +329,11 @@ func StateDir(dir, name string) string {
 
 // RestartAgent starts the agent's process again and waits until it is ready.
 func (c *Cluster) RestartAgent(ctx context.Context, a *Agent) error {
-	p, err := c.start(a.Name, filepath.Join(a.Dir, "log"), nil, append([]string{filepath.Join(c.Bin, "countersign-agent")}, a.args...)...)
+	argv := append([]string{filepath.Join(c.Bin, "countersign-agent")}, a.args...)
+	if a.Space != "" {
+		argv = append(c.Net.Wrap(a.Space), argv...)
+	}
+	p, err := c.start(a.Name, filepath.Join(a.Dir, "log"), nil, argv...)
 	if err != nil {
 		return err
 	}
