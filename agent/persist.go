@@ -107,7 +107,7 @@ func (a *Agent) vouched(t *trust) bool {
 	if err != nil || a.cfg.Pin == "" {
 		return false
 	}
-	_, err = pinnedRoot(certs, a.cfg.Pin)
+	_, err = pinnedRoot(certs, a.cfg.Pin, time.Now())
 	return err == nil
 }
 

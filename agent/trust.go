@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/sha256"
-	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
@@ -282,7 +281,7 @@ func (c contact) verify(certs []*x509.Certificate, now time.Time) (spiffeid.ID, 
 		}
 	}
 	if c.pin != "" {
-		if opts.Roots, err = pinnedRoot(certs[1:], c.pin); err != nil {
+		if opts.Roots, err = pinnedRoot(certs[1:], c.pin, now); err != nil {
 			return none, err
 		}
 		if _, why = certs[0].Verify(opts); why == nil {
@@ -292,15 +291,12 @@ func (c contact) verify(certs []*x509.Certificate, now time.Time) (spiffeid.ID, 
 	return none, fmt.Errorf("%w: the server %s: %v", identity.ErrUnauthenticated, id, why)
 }
 
-// pinnedRoot is the CA certificate among those presented whose key the pin names. That anybody can make another certificate
-// for the same public key gains nothing: the leaf's chain must be signed by that key.
-func pinnedRoot(certs []*x509.Certificate, pin string) (*x509.CertPool, error) {
-	for _, c := range certs {
-		if c.IsCA && subtle.ConstantTimeCompare([]byte(node.Pin(c.RawSubjectPublicKeyInfo)), []byte(pin)) == 1 {
-			return poolOf([]*x509.Certificate{c}), nil
-		}
+// pinnedRoot are the CA certificates among those presented that the pin vouches for: see node.PinnedRoots.
+func pinnedRoot(certs []*x509.Certificate, pin string, now time.Time) (*x509.CertPool, error) {
+	if believed := node.PinnedRoots(certs, pin, now); len(believed) > 0 {
+		return poolOf(believed), nil
 	}
-	return nil, fmt.Errorf("%w: no CA that the server shows has the pinned key %s: is it a member of this cluster, or was the pin mistyped?", identity.ErrUnauthenticated, pin)
+	return nil, fmt.Errorf("%w: no CA that the server shows has the pinned key %s: is it a member of this cluster, was the pin mistyped, or was its authority given up?", identity.ErrUnauthenticated, pin)
 }
 
 // memberSeen gets the ID of the first member verified on a connection; it has room for one.

@@ -154,7 +154,7 @@ func (c *CA) makeMember(now time.Time, is *issuer) (*memberCert, error) {
 		return nil, errors.New("verifying what was signed: it is not what was prepared")
 	}
 	return &memberCert{
-		tls:     &tls.Certificate{Certificate: append(is.chain(der), is.authority.root.Raw), PrivateKey: key, Leaf: leaf},
+		tls:     &tls.Certificate{Certificate: append(append(is.chain(der), is.authority.root.Raw), is.authority.record.Vouched...), PrivateKey: key, Leaf: leaf},
 		renewAt: halfLife(now, leaf.NotAfter),
 	}, nil
 }

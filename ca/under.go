@@ -133,7 +133,7 @@ type authority struct {
 
 // is reports whether the record is the one that this was made of, as far as certificates go.
 func (u *authority) is(a *identity.Authority) bool {
-	return u.id == a.ID && bytes.Equal(u.record.Cert, a.Cert) && slices.EqualFunc(u.record.Chain, a.Chain, bytes.Equal) && slices.EqualFunc(u.record.Roots, a.Roots, bytes.Equal)
+	return u.id == a.ID && bytes.Equal(u.record.Cert, a.Cert) && slices.EqualFunc(u.record.Chain, a.Chain, bytes.Equal) && slices.EqualFunc(u.record.Roots, a.Roots, bytes.Equal) && slices.EqualFunc(u.record.Vouched, a.Vouched, bytes.Equal)
 }
 
 func parseOne(what string, der []byte) (*x509.Certificate, error) {

@@ -214,6 +214,8 @@ type Authority struct {
 	RevokedAt   time.Time `json:"revoked_at,omitzero"`
 	// Sequence is the bundle's from which on it was in there; zero: since before this was kept.
 	Sequence uint64 `json:"sequence,omitempty"`
+	// Vouched leads from the keys of earlier roots to this one's (DER), the newest first: for those who have pinned them.
+	Vouched [][]byte `json:"vouched,omitempty"`
 	// Spread is how long the replacing of what a tainted one signed is to take, so that nothing falls over.
 	Spread time.Duration `json:"spread,omitempty"`
 }

@@ -37,6 +37,8 @@ type Rotation struct {
 	UseDeadline time.Duration `json:"use_deadline,omitempty"`
 	// Taint has the old one tainted as soon as the new one signs: what it signed is replaced at once, not at half-life.
 	Taint bool `json:"taint,omitempty"`
+	// Compromised: whoever has pinned the old one, or one before, must not be led to the new one by it.
+	Compromised bool `json:"compromised,omitempty"`
 	// Ignore are SPIFFE IDs of agents and clusters below, and names of members, that it does not wait for; sorted.
 	Ignore []string `json:"ignore,omitempty"`
 

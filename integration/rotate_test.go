@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -254,6 +255,30 @@ func (r *rotation) fileServer() (stop func() (calls int)) {
 	}
 }
 
+// pin is the CA pin of now.
+func (r *rotation) pin() string {
+	r.t.Helper()
+	var b struct {
+		CAPin string `json:"ca_pin"`
+	}
+	parseJSON(r.t, r.admin("bundle", "show", "-o", "json"), &b)
+	return b.CAPin
+}
+
+// firstContact is somebody who knows nothing but a pin.
+func (r *rotation) firstContact(pin string) error {
+	r.t.Helper()
+	file, err := r.iss.Pod("shop", "newcomer", "node-9")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	out, err := exec.CommandContext(r.ctx, filepath.Join(bin, "countersign-agent"), "fetch", "x509", "--direct", "--server", r.Members[0].Address, "--ca-pin", pin, "--token-path", file).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
+
 const shortLives = "x509_ttl: 12s\njwt_ttl: 8s\nmax_staleness: 1m\n"
 
 // TestRotation replaces both authorities under load: no handshake fails, every token verifies, and afterwards nothing of the
@@ -263,7 +288,7 @@ func TestRotation(t *testing.T) {
 	r := newRotation(t, shortLives)
 	stop := r.tokens()
 	stopFiles := r.fileServer()
-	before := r.state()
+	before, pin := r.state(), r.pin()
 	for _, kind := range []string{"x509", "jwt"} {
 		out := r.admin("bundle", "rotate", "--kind", kind, "--dry-run")
 		if !strings.Contains(out, "nothing was changed") {
@@ -283,6 +308,10 @@ func TestRotation(t *testing.T) {
 	}
 	if len(after.Bundle.X509Authorities) != 1 || after.Bundle.X509Authorities[0] == before.Bundle.X509Authorities[0] {
 		t.Errorf("the bundle has %d x509 authorities, the old one perhaps among them", len(after.Bundle.X509Authorities))
+	}
+	// Who comes by the old pin is led to the new root.
+	if err := r.firstContact(pin); err != nil || r.pin() == pin {
+		t.Errorf("first contact by the old pin: %v", err)
 	}
 	// The whole of it is on record.
 	audit := r.admin("audit", "query", "--action", "rotation.change", "-o", "json")
@@ -424,7 +453,7 @@ func TestRotationByHand(t *testing.T) {
 func TestTaintNow(t *testing.T) {
 	t.Parallel()
 	r := newRotation(t, "") // SVIDs last an hour
-	before := r.state()
+	before, pin := r.state(), r.pin()
 	began := time.Now()
 	r.admin("authority", "taint", "--now")
 	r.reaches("x509", "everything is replaced", phase("done"))
@@ -434,6 +463,13 @@ func TestTaintNow(t *testing.T) {
 		t.Errorf("the bundle: %+v", after.Bundle)
 	}
 	r.shaken()
+	// Nobody is led on by a key that somebody else has.
+	if err := r.firstContact(pin); err == nil || !strings.Contains(err.Error(), "given up") {
+		t.Errorf("first contact by the pin of the compromised one: %v", err)
+	}
+	if err := r.firstContact(r.pin()); err != nil {
+		t.Errorf("first contact by the new pin: %v", err)
+	}
 	if _, err := r.Admin(r.ctx, "authority", "taint", "--now", before.in("x509", "active")[0]); err == nil {
 		t.Error("tainted what is revoked")
 	}

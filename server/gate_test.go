@@ -131,7 +131,7 @@ func TestAckGate(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			for _, kind := range []identity.AuthorityKind{x509Kind, jwtKind} {
 				r := newRotor(t)
-				a, err := r.srv.prepareNew(t.Context(), kind)
+				a, err := r.srv.prepareNew(t.Context(), kind, false)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -147,7 +147,7 @@ func TestAckGate(t *testing.T) {
 // TestAckGateSettles: it counts from the last acknowledgement, by this member's own clock.
 func TestAckGateSettles(t *testing.T) {
 	r := newRotor(t)
-	a, err := r.srv.prepareNew(t.Context(), x509Kind)
+	a, err := r.srv.prepareNew(t.Context(), x509Kind, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -322,7 +322,7 @@ func TestUseGate(t *testing.T) {
 func (r *rotor) toRevokeQuietly() identity.Authority {
 	r.t.Helper()
 	old := r.active(x509Kind)
-	a, err := r.srv.prepareNew(r.t.Context(), x509Kind)
+	a, err := r.srv.prepareNew(r.t.Context(), x509Kind, false)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -342,7 +342,7 @@ func TestUseGateJWT(t *testing.T) {
 	if err := r.srv.issued.note(old.ID, r.now.Add(5*time.Minute), r.now); err != nil {
 		t.Fatal(err)
 	}
-	a, err := r.srv.prepareNew(t.Context(), jwtKind)
+	a, err := r.srv.prepareNew(t.Context(), jwtKind, false)
 	if err != nil {
 		t.Fatal(err)
 	}

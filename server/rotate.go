@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"countersign.io/countersign/audit"
+	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
 
@@ -23,7 +24,8 @@ type Rotating struct {
 
 // RotationWriter changes authorities that sign no longer, and rotations. See Writes. Only from level 2 on.
 type RotationWriter interface {
-	TaintAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string, spread time.Duration) error
+	// TaintAuthority must forget what vouches for other authorities if this one is compromised.
+	TaintAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string, spread time.Duration, compromised bool) error
 	// RevokeAuthority must refuse with identity.ErrPrecondition for an authority that signs.
 	RevokeAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string) error
 	// PutRotation must refuse with identity.ErrPrecondition unless the kind's rotation has the revision ifRevision or, for 0, none
@@ -271,7 +273,7 @@ func (s *Server) rotatePrepare(ctx context.Context, r identity.Rotation) error {
 		if err := s.mayPrepare(r.Kind); err != nil { // whoever began it may have asked a member with another configuration
 			return err
 		}
-		a, err := s.prepareNew(ctx, r.Kind)
+		a, err := s.prepareNew(ctx, r.Kind, r.Compromised)
 		if err != nil {
 			return err
 		}
@@ -282,12 +284,22 @@ func (s *Server) rotatePrepare(ctx context.Context, r identity.Rotation) error {
 }
 
 // prepareNew makes an authority that signs nothing yet. A crash before it is stored leaves nothing: its key was in memory only.
-func (s *Server) prepareNew(ctx context.Context, kind identity.AuthorityKind) (identity.Authority, error) {
+// The active one vouches for it, unless that is compromised.
+func (s *Server) prepareNew(ctx context.Context, kind identity.AuthorityKind, compromised bool) (identity.Authority, error) {
 	a, err := s.makeAuthority(ctx, kind)
 	if err != nil {
 		return a, fmt.Errorf("making the %s authority: %w", kind, err)
 	}
 	a.State = identity.AuthorityPrepared
+	if active, ok := s.authority(kind, "", identity.AuthorityActive); ok && kind == identity.AuthorityX509 && len(active.Roots) == 0 && !compromised {
+		key, err := s.cfg.Open(*active)
+		if err != nil {
+			return a, fmt.Errorf("opening the key of authority %s, which is to vouch for the next: %w", active.ID, err)
+		}
+		if a.Vouched, err = ca.Vouch(active, key, &a, s.cfg.Now()); err != nil {
+			return a, err
+		}
+	}
 	// The outcome is recorded by every member, as a change of the bundle.
 	if err := s.audit(ctx, audit.Event{
 		Action: audit.AuthorityCreate, Outcome: audit.Attempted, Subjects: []string{string(kind) + " " + a.ID}, NotAfter: a.NotAfter,
@@ -377,7 +389,7 @@ func (s *Server) rotateRevoke(ctx context.Context, r identity.Rotation) error {
 	if r.Taint && old.State == identity.AuthorityRetiring {
 		spread := s.spreadOf(g)
 		if err := s.changeState(ctx, old, identity.AuthorityTainted, func() error {
-			return s.cfg.Rotating.Writes.TaintAuthority(ctx, s.cfg.Now(), r.Kind, r.Old, spread)
+			return s.cfg.Rotating.Writes.TaintAuthority(ctx, s.cfg.Now(), r.Kind, r.Old, spread, r.Compromised)
 		}); err != nil {
 			return err
 		}

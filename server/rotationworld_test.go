@@ -46,12 +46,17 @@ func (f *fakeState) PutRotation(_ context.Context, _ time.Time, r identity.Rotat
 	return r, err
 }
 
-func (f *fakeState) TaintAuthority(_ context.Context, now time.Time, _ identity.AuthorityKind, id string, spread time.Duration) error {
+func (f *fakeState) TaintAuthority(_ context.Context, now time.Time, _ identity.AuthorityKind, id string, spread time.Duration, compromised bool) error {
 	return f.setAuthority(id, func(a *identity.Authority) error {
 		if a.State != identity.AuthorityRetiring && a.State != identity.AuthorityTainted {
 			return fmt.Errorf("%w: authority %s is %s", identity.ErrPrecondition, id, a.State)
 		}
 		a.State, a.TaintedAt, a.Spread = identity.AuthorityTainted, now, spread
+		for i := range f.authorities {
+			if compromised {
+				f.authorities[i].Vouched = nil
+			}
+		}
 		return nil
 	})
 }

@@ -154,16 +154,16 @@ func verifyPinned(raw [][]byte, pin string, td spiffeid.TrustDomain) error {
 	if !td.IsZero() && id.TrustDomain() != td {
 		return fmt.Errorf("the server is of trust domain %q, not %q", id.TrustDomain(), td)
 	}
+	var shown []*x509.Certificate
 	for _, der := range raw[1:] {
-		root, err := x509.ParseCertificate(der)
+		c, err := x509.ParseCertificate(der)
 		if err != nil {
 			return fmt.Errorf("parsing the server's chain: %w", err)
 		}
-		if node.Pin(root.RawSubjectPublicKeyInfo) != pin {
-			continue
-		}
-		bundle := x509bundle.FromX509Authorities(id.TrustDomain(), []*x509.Certificate{root})
-		if _, _, err := x509svid.ParseAndVerify(raw, bundle); err != nil {
+		shown = append(shown, c)
+	}
+	if believed := node.PinnedRoots(shown, pin, time.Now()); len(believed) > 0 {
+		if _, _, err := x509svid.ParseAndVerify(raw, x509bundle.FromX509Authorities(id.TrustDomain(), believed)); err != nil {
 			return err
 		}
 		return checkMember(id, "")

@@ -76,7 +76,7 @@ func (s trustService) Rotate(ctx context.Context, req *adminv1.RotateRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	r := identity.Rotation{Kind: kind, Phase: identity.RotationPrepare, Taint: req.Taint || req.Compromised != "", Ignore: merged(req.Ignore, nil), Why: "by " + callOf(ctx).name()}
+	r := identity.Rotation{Kind: kind, Phase: identity.RotationPrepare, Taint: req.Taint || req.Compromised != "", Compromised: req.Compromised != "", Ignore: merged(req.Ignore, nil), Why: "by " + callOf(ctx).name()}
 	ack, use := defaultAckDeadline, time.Duration(0)
 	if req.Compromised != "" {
 		ack, use = hastyAckDeadline, hastyUseDeadline
@@ -111,6 +111,7 @@ func (s trustService) Rotate(ctx context.Context, req *adminv1.RotateRequest) (*
 		}
 		// It is hurried: what it has prepared is as good as what another one would prepare.
 		hurried := old
+		hurried.Compromised = true
 		hurried.Why, hurried.Taint, hurried.AckDeadline, hurried.UseDeadline, hurried.NotBefore = r.Why, true, r.AckDeadline, r.UseDeadline, time.Time{}
 		hurried.Ignore, hurried.PhaseAt = merged(old.Ignore, r.Ignore), s.cfg.Now()
 		return s.begin(ctx, hurried, old.Revision, req.DryRun)
@@ -421,7 +422,7 @@ func (s trustService) PrepareAuthority(ctx context.Context, req *adminv1.Authori
 	if req.DryRun {
 		return answer(&identity.Authority{Kind: kind}, identity.AuthorityPrepared, gate{}, true), nil
 	}
-	a, err := s.prepareNew(ctx, kind)
+	a, err := s.prepareNew(ctx, kind, false)
 	if err != nil {
 		return nil, err
 	}
@@ -475,7 +476,7 @@ func (s trustService) TaintAuthority(ctx context.Context, req *adminv1.Authority
 		return answer(a, identity.AuthorityTainted, g, true), nil
 	}
 	err = s.changeState(ctx, a, identity.AuthorityTainted, func() error {
-		return s.cfg.Rotating.Writes.TaintAuthority(ctx, s.cfg.Now(), a.Kind, a.ID, s.spreadOf(g))
+		return s.cfg.Rotating.Writes.TaintAuthority(ctx, s.cfg.Now(), a.Kind, a.ID, s.spreadOf(g), false)
 	})
 	return answer(a, identity.AuthorityTainted, g, false), err
 }

@@ -30,6 +30,8 @@ type (
 		Kind   identity.AuthorityKind `json:"kind"`
 		ID     string                 `json:"id"`
 		Spread time.Duration          `json:"spread,omitempty"`
+		// Compromised: its word for others is worth nothing.
+		Compromised bool `json:"compromised,omitempty"`
 	}
 )
 
@@ -182,10 +184,25 @@ func (a *applier) taintAuthority(d *taintData) (any, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case r.State == identity.AuthorityTainted:
+	case r.State == identity.AuthorityTainted && !d.Compromised:
 		return r, nil
-	case r.State != identity.AuthorityRetiring:
+	case r.State != identity.AuthorityRetiring && r.State != identity.AuthorityTainted:
 		return nil, fmt.Errorf("%w: authority %s is %s: only a retiring one is tainted; activate another one first", identity.ErrPrecondition, authorityKey(r), r.State)
+	}
+	if d.Compromised { // each of those that vouch for others does so by way of the last one that signed
+		for _, b := range before.authorities {
+			if b.Kind != d.Kind || len(b.Vouched) == 0 {
+				continue
+			}
+			b := *b
+			b.Vouched, b.Revision = nil, a.index
+			if err := put(a.state, kindAuthority, authorityKey(&b), b); err != nil {
+				return nil, err
+			}
+			if b.ID == r.ID {
+				r = &b
+			}
+		}
 	}
 	now := *r
 	now.State, now.Revision, now.TaintedAt, now.Spread = identity.AuthorityTainted, a.index, a.now, d.Spread

@@ -81,7 +81,7 @@ func (w *Writer) checkAuthority(a *identity.Authority) error {
 		if (len(a.Roots) > 0) != (a.Upstream != "") || len(a.Chain) > 0 && len(a.Roots) == 0 {
 			bad("roots, chain and upstream go together: an authority below an upstream has its roots and its name")
 		}
-		for what, certs := range map[string][][]byte{"chain": a.Chain, "root": a.Roots} {
+		for what, certs := range map[string][][]byte{"chain": a.Chain, "root": a.Roots, "certificate that vouches for it": a.Vouched} {
 			if err := checkCAs(certs); err != nil {
 				bad(fmt.Sprintf("%s: %v", what, err))
 			}

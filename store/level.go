@@ -50,7 +50,7 @@ func levelOfEntry(e *identity.Entry) uint32 {
 }
 
 func levelOfAuthority(a *identity.Authority) uint32 {
-	later := a.State == identity.AuthorityTainted || a.State == identity.AuthorityRevoked || a.Sequence > 0 || a.Spread > 0
+	later := a.State == identity.AuthorityTainted || a.State == identity.AuthorityRevoked || a.Sequence > 0 || a.Spread > 0 || len(a.Vouched) > 0
 	for _, t := range []time.Time{a.PreparedAt, a.ActivatedAt, a.RetiredAt, a.TaintedAt, a.RevokedAt} {
 		later = later || !t.IsZero()
 	}

@@ -161,7 +161,7 @@ func (l *randomLog) level2() {
 	case 10:
 		switch d := (authorityData{l.kind(), l.few("auth")}); l.rnd.IntN(5) {
 		case 0:
-			l.add(taintAuthority, taintData{d.Kind, d.ID, time.Second * time.Duration(l.rnd.IntN(4000))})
+			l.add(taintAuthority, taintData{d.Kind, d.ID, time.Second * time.Duration(l.rnd.IntN(4000)), l.rnd.IntN(4) == 0})
 		case 1:
 			l.add(revokeAuthority, d)
 		case 2:

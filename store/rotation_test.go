@@ -37,7 +37,7 @@ func in(t testing.TB, w *Writer, kind identity.AuthorityKind, state identity.Aut
 	must[identity.Authority](t)(w.PrepareAuthority(ctx, now, prepared(kind, "other")))
 	step(w.ActivateAuthority(ctx, now.Add(time.Minute), kind, "other", false))
 	if state == identity.AuthorityTainted {
-		step(w.TaintAuthority(ctx, now.Add(2*time.Minute), kind, "it", 7*time.Second))
+		step(w.TaintAuthority(ctx, now.Add(2*time.Minute), kind, "it", 7*time.Second, false))
 	}
 	if state == identity.AuthorityRevoked {
 		step(w.RevokeAuthority(ctx, now.Add(3*time.Minute), kind, "it"))
@@ -73,7 +73,7 @@ func TestAuthorityTransitions(t *testing.T) {
 			return w.ActivateAuthority(ctx, later, k, "it", true)
 		},
 		"taint": func(ctx context.Context, w *Writer, k identity.AuthorityKind) error {
-			return w.TaintAuthority(ctx, later, k, "it", time.Second)
+			return w.TaintAuthority(ctx, later, k, "it", time.Second, false)
 		},
 		"revoke": func(ctx context.Context, w *Writer, k identity.AuthorityKind) error {
 			return w.RevokeAuthority(ctx, later, k, "it")
@@ -148,7 +148,7 @@ func TestAuthorityTimes(t *testing.T) {
 		checkConsistent(t, s)
 	}
 	step(w.ActivateAuthority(ctx, at(2), x, "new", false))
-	step(w.TaintAuthority(ctx, at(3), x, "old", 5*time.Second))
+	step(w.TaintAuthority(ctx, at(3), x, "old", 5*time.Second, false))
 	old, fresh := authorityAt(t, s, x, "old"), authorityAt(t, s, x, "new")
 	if !fresh.ActivatedAt.Equal(at(2)) || !old.RetiredAt.Equal(at(2)) || !old.TaintedAt.Equal(at(3)) || old.Spread != 5*time.Second || !old.RevokedAt.IsZero() || old.SealedKey == nil {
 		t.Errorf("old %+v\nnew %+v", old, fresh)
@@ -234,10 +234,10 @@ func TestEndingIsNotPublished(t *testing.T) {
 	is(identity.Ending{ID: "z-x509"})
 	do(w.ActivateAuthority(ctx, now, identity.AuthorityJWT, "a-jwt", false))
 	is(identity.Ending{ID: "z-jwt"}, identity.Ending{ID: "z-x509"})
-	do(w.TaintAuthority(ctx, now, x, "z-x509", time.Second))
+	do(w.TaintAuthority(ctx, now, x, "z-x509", time.Second, false))
 	is(identity.Ending{ID: "z-jwt"}, identity.Ending{ID: "z-x509", Tainted: true, Spread: time.Second})
 	for _, spread := range []time.Duration{-1, maxSpread + 1} {
-		wantErr(t, w.TaintAuthority(ctx, now, identity.AuthorityJWT, "z-jwt", spread), identity.ErrInvalid, "spread")
+		wantErr(t, w.TaintAuthority(ctx, now, identity.AuthorityJWT, "z-jwt", spread, false), identity.ErrInvalid, "spread")
 	}
 	is(identity.Ending{ID: "z-jwt"}, identity.Ending{ID: "z-x509", Tainted: true, Spread: time.Second})
 	do(w.RevokeAuthority(ctx, now, x, "z-x509"))
@@ -383,12 +383,12 @@ func TestRotationBelowLevel2(t *testing.T) {
 	n := len(l.cmds)
 	_, err := w.PutRotation(ctx, now, rotationOf(x, identity.RotationPrepare), 0)
 	wantErr(t, err, identity.ErrPrecondition, "put_rotation")
-	wantErr(t, w.TaintAuthority(ctx, now, x, "one", 0), identity.ErrPrecondition, "taint_authority")
+	wantErr(t, w.TaintAuthority(ctx, now, x, "one", 0, false), identity.ErrPrecondition, "taint_authority")
 	wantErr(t, w.RevokeAuthority(ctx, now, x, "one"), identity.ErrPrecondition, "revoke_authority")
 	if len(l.cmds) != n {
 		t.Error("it was proposed")
 	}
-	for _, cmd := range []any{taintData{x, "one", 0}, authorityData{x, "one"}, putRotationData{Rotation: rotationOf(x, identity.RotationPrepare)}} {
+	for _, cmd := range []any{taintData{x, "one", 0, false}, authorityData{x, "one"}, putRotationData{Rotation: rotationOf(x, identity.RotationPrepare)}} {
 		typ := map[string]string{"store.taintData": taintAuthority, "store.authorityData": revokeAuthority, "store.putRotationData": putRotation}[fmt.Sprintf("%T", cmd)]
 		if _, err := propose[identity.Authority](ctx, w, typ, now, cmd); !errors.Is(err, identity.ErrPrecondition) {
 			t.Errorf("%s at level 1: %v", typ, err)

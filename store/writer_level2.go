@@ -97,10 +97,11 @@ func (w *Writer) ActivateAuthority(ctx context.Context, now time.Time, kind iden
 	return w.do2(ctx, activateAuthority, now, activateData{Kind: kind, ID: id, Back: back})
 }
 
-// TaintAuthority gives up a retiring authority: what it signed is to be replaced, within spread. ErrPrecondition of any other,
-// ErrNotFound; of a tainted one it changes nothing.
-func (w *Writer) TaintAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string, spread time.Duration) error {
-	return w.do2(ctx, taintAuthority, now, taintData{Kind: kind, ID: id, Spread: spread})
+// TaintAuthority gives up a retiring authority: what it signed is to be replaced, within spread. If it is compromised, what it and
+// others have vouched for the next ones is forgotten. ErrPrecondition of any other, ErrNotFound; of a tainted one it changes
+// nothing else.
+func (w *Writer) TaintAuthority(ctx context.Context, now time.Time, kind identity.AuthorityKind, id string, spread time.Duration, compromised bool) error {
+	return w.do2(ctx, taintAuthority, now, taintData{Kind: kind, ID: id, Spread: spread, Compromised: compromised})
 }
 
 // RevokeAuthority takes a retiring or tainted authority out of the bundle, for good. ErrPrecondition of one that signs or is

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -13,8 +14,10 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"countersign.io/countersign/identity"
 )
@@ -187,6 +190,31 @@ func checkAddress(a string) error {
 func Pin(spki []byte) string {
 	h := sha256.Sum256(spki)
 	return pinPrefix + hex.EncodeToString(h[:])
+}
+
+// maxShown is more than any member shows: each costs signatures to be checked.
+const maxShown = 16
+
+// PinnedRoots are those of the CA certificates that a member shows which may be believed by a pin: what has the pinned key, and what
+// that key, or another one that is believed, has signed and that is valid at now. So who has pinned the key of a root can
+// verify the roots after it, even when the certificate of the first has ended: a pin names a key. Anybody can make another certificate of
+// the pinned key; that gains nothing, since the leaf must be signed by it, or by a key that it signed.
+func PinnedRoots(shown []*x509.Certificate, pin string, now time.Time) []*x509.Certificate {
+	shown = shown[:min(len(shown), maxShown)]
+	var believed []*x509.Certificate
+	for _, c := range shown {
+		if c.IsCA && subtle.ConstantTimeCompare([]byte(Pin(c.RawSubjectPublicKeyInfo)), []byte(pin)) == 1 {
+			believed = append(believed, c)
+		}
+	}
+	for i := 0; i < len(believed); i++ { // it grows
+		for _, c := range shown {
+			if c.IsCA && !c.Equal(believed[i]) && !slices.ContainsFunc(believed, c.Equal) && !now.Before(c.NotBefore) && !now.After(c.NotAfter) && c.CheckSignatureFrom(believed[i]) == nil {
+				believed = append(believed, c)
+			}
+		}
+	}
+	return believed
 }
 
 // CheckPin reports whether the string has the form that Pin makes.
