@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"io"
@@ -299,3 +300,8 @@ func waitsFor(t *testing.T, g gate, want ...string) {
 }
 
 var errLost = errors.New("the connection to the leader is lost")
+
+// keyAt is ca.key: a key that is elsewhere.
+func (r *rotor) keyAt(key crypto.Signer, uri string) func(context.Context) (crypto.Signer, string, error) {
+	return func(context.Context) (crypto.Signer, string, error) { return key, uri, nil }
+}

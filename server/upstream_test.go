@@ -144,9 +144,14 @@ func (f *fakeState) ActivateAuthority(_ context.Context, now time.Time, kind ide
 
 func (f *fakeState) DropAuthority(_ context.Context, now time.Time, _ identity.AuthorityKind, id string) error {
 	return f.write(func(uint64) (identity.Change, error) {
-		f.authorities = slices.DeleteFunc(slices.Clone(f.authorities), func(a identity.Authority) bool {
-			return a.ID == id && (a.State == identity.AuthorityPrepared || now.After(a.NotAfter))
-		})
+		i := slices.IndexFunc(f.authorities, func(a identity.Authority) bool { return a.ID == id })
+		if i < 0 {
+			return identity.Change{}, fmt.Errorf("%w: authority %s", identity.ErrNotFound, id)
+		}
+		if a := f.authorities[i]; a.State != identity.AuthorityPrepared && now.Before(a.NotAfter) {
+			return identity.Change{}, fmt.Errorf("%w: authority %s is %s", identity.ErrPrecondition, id, a.State)
+		}
+		f.authorities = slices.Delete(slices.Clone(f.authorities), i, i+1)
 		f.rebundle()
 		return identity.Change{Bundle: true}, nil
 	})
