@@ -93,6 +93,7 @@ type Agent struct {
 	jwts            *lru.Cache[jwtKey, jwtAnswer]
 	jwtGo           singleflight.Group
 	keygen          chan struct{} // bounds the keys being made at once
+	usesLost        bool          // of runPersister: something that was handed out could not be written
 	ownSooner       chan struct{} // cap 1: the agent's own SVID is to be renewed sooner than it was
 	loaded          chan struct{} // closed once the state dir has been read: callers wait for it
 }
@@ -181,7 +182,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		defer unlock.Close()
 		a.restore(time.Now())
 	} else {
-		a.cache.uses.since = time.Now()
+		a.cache.forget(time.Now())
 	}
 	close(a.loaded)
 	g, ctx := errgroup.WithContext(ctx)

@@ -32,6 +32,7 @@ type workload struct {
 	minRevision uint64
 	epoch       uint64 // of the JWTs that belong to it; replaced on a change
 	streams     []*stream
+	handed      bool // somebody was given svids; who asks for JWT-SVIDs alone is not
 	flight      *flight
 	gone        error     // why it was dropped; it is in no map then
 	due         time.Time // of its next timer
@@ -258,7 +259,9 @@ func (c *cache) drop(w *workload, why error) {
 	}
 	if len(w.svids) > 0 {
 		c.count(w.svids, -1)
-		c.strays(w.svids)
+		if w.handed {
+			c.strays(w.svids)
+		}
 		c.watch(w.handle)
 		c.save(w.key)
 	}
@@ -334,7 +337,7 @@ func (c *cache) attach(w *workload, s *stream) error {
 	if w.gone != nil {
 		return w.gone
 	}
-	w.streams = append(w.streams, s)
+	w.streams, w.handed = append(w.streams, s), true
 	// Past half-life, and its timer went off when nobody was there to ask for it: served because no member could be asked, it
 	// must be renewed as soon as one can.
 	if now := time.Now(); w.flight == nil && w.live(now) && !now.Before(w.renewAt) {

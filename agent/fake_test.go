@@ -120,6 +120,7 @@ type cluster struct {
 	ca *testCA
 
 	mu        sync.Mutex
+	signs     *testCA // instead of ca, from which all that is issued comes
 	bundle    *identity.Bundle
 	federated []*identity.Bundle
 	along     []*identity.Bundle // federated ones that come with SVIDs
@@ -223,7 +224,10 @@ func (c *cluster) serve(name, addr string, lis net.Listener, mem *bufconn.Listen
 			if len(cs.PeerCertificates) == 0 {
 				return nil
 			}
-			_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: poolOf([]*x509.Certificate{c.ca.root}), Intermediates: poolOf(cs.PeerCertificates[1:]), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+			c.mu.Lock()
+			roots := poolOf(must(parseChain(c.bundle.X509)))
+			c.mu.Unlock()
+			_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: poolOf(cs.PeerCertificates[1:]), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
 			return err
 		},
 	}
@@ -306,7 +310,7 @@ func (m *member) agentSVID(id string, public []byte) *nodev1.AgentSVID {
 	m.c.mu.Lock()
 	defer m.c.mu.Unlock()
 	pub := must(x509.ParsePKIXPublicKey(public))
-	s := &nodev1.AgentSVID{SpiffeId: id, Chain: [][]byte{m.c.ca.leaf(id, pub, m.c.ownTTL, nil), m.c.ca.issuer.Raw}, Bundle: api.BundleToWire(m.c.bundle)}
+	s := &nodev1.AgentSVID{SpiffeId: id, Chain: [][]byte{m.c.signer().leaf(id, pub, m.c.ownTTL, nil), m.c.signer().issuer.Raw}, Bundle: api.BundleToWire(m.c.bundle)}
 	if m.c.badOwn != nil {
 		m.c.badOwn(s, pub)
 	}
@@ -327,6 +331,14 @@ func (m *member) admit(ctx context.Context) error {
 		return status.Error(codes.PermissionDenied, "permission denied: agent is banned")
 	}
 	return nil
+}
+
+// signer is what signs. The caller holds c.mu.
+func (c *cluster) signer() *testCA {
+	if c.signs != nil {
+		return c.signs
+	}
+	return c.ca
 }
 
 // state is the full state as it is pushed. The caller holds c.mu.
@@ -471,7 +483,7 @@ func (m *member) IssueX509(ctx context.Context, req *workloadv1.IssueX509Request
 		return nil, status.Errorf(codes.InvalidArgument, "%d requests", len(req.Requests))
 	}
 	m.c.batches = append(m.c.batches, len(req.Requests))
-	resp := &workloadv1.IssueX509Response{IssuerChain: [][]byte{m.c.ca.issuer.Raw}}
+	resp := &workloadv1.IssueX509Response{IssuerChain: [][]byte{m.c.signer().issuer.Raw}}
 	m.set(func() { resp.Revision = m.c.revision - m.lag })
 	for _, b := range m.c.along {
 		resp.Federated = append(resp.Federated, api.BundleToWire(b))
@@ -492,7 +504,7 @@ func (m *member) IssueX509(ctx context.Context, req *workloadv1.IssueX509Request
 			res.Error = &workloadv1.Error{Code: uint32(codes.PermissionDenied), Message: "permission denied: no entry matches"}
 		}
 		for _, g := range grants {
-			leaf := m.c.ca.leaf(g.id, pub, g.ttl, nil)
+			leaf := m.c.signer().leaf(g.id, pub, g.ttl, nil)
 			cert := must(x509.ParseCertificate(leaf))
 			res.Svids = append(res.Svids, &workloadv1.X509SVID{
 				EntryId: g.entry, EntryRevision: g.revision, SpiffeId: g.id, Leaf: leaf, FederatesWith: g.federates,
@@ -521,7 +533,7 @@ func (m *member) IssueJWT(ctx context.Context, req *workloadv1.IssueJWTRequest) 
 		}
 		now := time.Now()
 		s := &workloadv1.JWTSVID{
-			EntryId: g.entry, SpiffeId: g.id, Token: m.c.ca.token(g.id, req.Audience, 5*time.Minute),
+			EntryId: g.entry, SpiffeId: g.id, Token: m.c.signer().token(g.id, req.Audience, 5*time.Minute),
 			IssuedAt: timestamppb.New(now), ExpiresAt: timestamppb.New(now.Add(5 * time.Minute)),
 		}
 		if m.c.badJWT != nil {

@@ -24,15 +24,15 @@ func (a *Agent) restore(now time.Time) {
 		a.log.Warn("ignoring a file of the agent's state", "path", path, "error", err)
 	}
 	data, err := readState(a.state.trust(), maxStateFile)
+	if usesErr := a.restoreUses(now, data == nil && err == nil); usesErr != nil {
+		ignore(a.state.uses(), usesErr)
+	}
 	if data == nil {
 		if err != nil {
 			ignore(a.state.trust(), err)
-			a.cache.uses.since = now
+			a.cache.forget(now)
 		}
 		return // without a bundle nothing else can be checked
-	}
-	if err := a.restoreUses(now); err != nil {
-		ignore(a.state.uses(), err)
 	}
 	t, anchor, members, err := parseTrust(data)
 	if err == nil && anchor != a.anchor() && !a.vouched(t) {
@@ -43,6 +43,7 @@ func (a *Agent) restore(now time.Time) {
 	}
 	if err != nil {
 		ignore(a.state.trust(), err)
+		a.cache.forget(now)
 		return
 	}
 	a.trust.Store(t)
@@ -61,8 +62,10 @@ func (a *Agent) restore(now time.Time) {
 	paths, err := a.state.files()
 	if err != nil {
 		ignore(a.state.path, err)
+		a.cache.forget(now)
 	}
 	if len(paths) > maxRestored {
+		a.cache.forget(now)
 		a.log.Warn("restoring a part of the agent's state", "files", len(paths), "limit", maxRestored)
 		paths = paths[:maxRestored]
 	}
@@ -72,6 +75,9 @@ func (a *Agent) restore(now time.Time) {
 		g.Go(func() error {
 			if err := a.restoreWorkload(path, t, now); err != nil {
 				ignore(path, err)
+				if info, err := os.Stat(path); err != nil || now.Sub(info.ModTime()) < identity.MaxX509TTL {
+					a.cache.forget(now) // whoever was given it may have it
+				}
 				if err := os.Remove(path); err != nil { // it holds a key that nothing will use
 					ignore(path, err)
 				}
@@ -213,6 +219,7 @@ func (a *Agent) runPersister(ctx context.Context) error {
 func (a *Agent) persistDirty() {
 	failed := func(path string, err error) {
 		a.log.Error("could not write the agent's state: it may be missing after a restart", "path", path, "error", err)
+		a.usesLost = true
 	}
 	write := func(path string, data []byte, err error) {
 		if err == nil {
@@ -236,7 +243,7 @@ func (a *Agent) persistDirty() {
 		data, err := encodeOwn(o)
 		write(a.state.own(), data, err)
 	}
-	if dirty.uses || dirty.bundles {
+	if (dirty.uses || dirty.bundles) && !a.usesLost {
 		data, err := encodeUses(a.cache.strayUses(time.Now()))
 		write(a.state.uses(), data, err)
 	}
@@ -251,5 +258,10 @@ func (a *Agent) persistDirty() {
 		}
 		data, err := encodeWorkload(w)
 		write(path, data, err)
+	}
+	if a.usesLost { // a restart must not believe that it knows all: see restoreUses
+		if err := os.Remove(a.state.uses()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			failed(a.state.uses(), err)
+		}
 	}
 }

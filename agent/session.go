@@ -276,6 +276,9 @@ func (a *Agent) send(s *session) error {
 		if ack.Uses, since = a.cache.listUses(a.own.Load(), time.Now()); !since.IsZero() {
 			ack.Since = timestamppb.New(since)
 		}
+		if len(ack.Uses) > maxUses {
+			ack.Uses, ack.Tells = nil, false
+		}
 		if err := s.stream.Send(&nodev1.SyncRequest{Message: &nodev1.SyncRequest_Ack{Ack: ack}}); err != nil {
 			return s.sendFailed()
 		}

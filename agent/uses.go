@@ -13,6 +13,9 @@ import (
 	"countersign.io/countersign/identity"
 )
 
+// maxUses is how many authorities a member lets an agent name. Whoever has more does not tell, and is waited for.
+const maxUses = 64
+
 // usesEvery is how often a member is told that the SVIDs under an authority that ends have become fewer.
 const usesEvery = 250 * time.Millisecond
 
@@ -34,10 +37,10 @@ func (u *uses) init() {
 // replace puts SVIDs in the place of a workload's. The old ones go with it where every caller is sent the new ones.
 func (c *cache) replace(w *workload, svids []identity.X509SVID) {
 	c.count(w.svids, -1)
-	if len(w.streams) == 0 {
+	if len(w.streams) == 0 && w.handed {
 		c.strays(w.svids)
 	}
-	w.svids = svids
+	w.svids, w.handed = svids, len(w.streams) > 0
 	c.count(svids, 1)
 }
 
@@ -144,24 +147,34 @@ func (c *cache) strayUses(now time.Time) map[string]time.Time {
 	return maps.Clone(c.uses.stray)
 }
 
-// restoreUses takes up what an earlier process handed out. Where that cannot be known, the agent says since when it knows.
-func (a *Agent) restoreUses(now time.Time) error {
+// restoreUses takes up what an earlier process handed out. Where that cannot be known, the agent says since when it knows. bare: there is
+// no other state, so that without this one there was no earlier process.
+func (a *Agent) restoreUses(now time.Time, bare bool) error {
 	data, err := readState(a.state.uses(), maxStateFile)
 	if err == nil && data == nil {
-		err = fmt.Errorf("%w: it is not there: an older version ran before", identity.ErrInvalid)
+		if bare {
+			return nil
+		}
+		err = fmt.Errorf("%w: it is not there: an older version ran before, or it could not be written", identity.ErrInvalid)
 	}
 	var stray map[string]time.Time
 	if err == nil {
 		stray, err = parseUses(data)
 	}
+	if err != nil || bare {
+		a.cache.forget(now)
+	}
 	a.cache.mu.Lock()
 	defer a.cache.mu.Unlock()
-	if err != nil {
-		a.cache.uses.since = now
-		return err
-	}
 	maps.Copy(a.cache.uses.stray, stray)
-	return nil
+	return err
+}
+
+// forget has the agent say that it does not know what was handed out before now.
+func (c *cache) forget(now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.uses.since = now
 }
 
 // given is a trust's word on which SVIDs are to be replaced, remembered by the chains that they share.
@@ -209,6 +222,10 @@ func (c *cache) giveUp(t *trust, now time.Time) {
 	for _, w := range c.byKey {
 		up, within := g.anyUp(w.svids)
 		if !up {
+			continue
+		}
+		if !w.handed && w.flight == nil { // nobody has it: it need not be waited for
+			c.drop(w, fmt.Errorf("%w: the authority that signed it was given up: ask again", identity.ErrUnavailable))
 			continue
 		}
 		at := now
