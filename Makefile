@@ -9,7 +9,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-demo: ## Three members, an agent, two pods; the leader dies; nothing stops (KEEP=1 leaves it running)
+demo: ## Three members, an agent, two pods; a new root, the leader dies; nothing stops (KEEP=1 leaves it running)
 	@$(GO) run ./integration/demo
 
 test: ## Unit, conformance and process tests, race detector on

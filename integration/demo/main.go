@@ -1,5 +1,6 @@
 // Command demo shows the product's main job in half a minute: three CA members, a node agent and two pods as separate
-// processes; the pods get SVIDs from the agent's socket and talk mutual TLS; the leader is killed; nothing stops.
+// processes; the pods get SVIDs from the agent's socket and talk mutual TLS; the root of trust is replaced; the leader is killed;
+// nothing stops.
 //
 //	go run ./integration/demo            runs and cleans up
 //	KEEP=1 go run ./integration/demo     leaves everything running and prints what to try
@@ -23,7 +24,8 @@ import (
 const (
 	trustDomain = "demo.test"
 	kubeNode    = "demo/node-1"
-	show        = 14 * time.Second // of handshakes before and, again, after the leader's death
+	talk        = 3 * time.Second  // of handshakes before the root is replaced
+	show        = 14 * time.Second // and after the leader's death
 )
 
 func main() {
@@ -108,10 +110,13 @@ func (s *stage) play(ctx context.Context) error {
 	if err := s.startPods(ctx, iss, a); err != nil {
 		return err
 	}
-	if err := s.until(ctx, show, "talking"); err != nil {
+	if err := s.until(ctx, talk, "talking"); err != nil {
 		return err
 	}
 	if err := s.c.AllVote(ctx); err != nil { // a newcomer has none before it has been stable for two seconds
+		return err
+	}
+	if err := s.rotateRoot(ctx); err != nil {
 		return err
 	}
 	failover, err := s.killLeader(ctx)
@@ -156,6 +161,17 @@ func (s *stage) startPods(ctx context.Context, iss *issuer.Issuer, a *cluster.Ag
 		return err
 	}
 	s.say("mutual TLS", "frontend -> backend: each has proved its name to the other; now 20 handshakes a second")
+	return nil
+}
+
+// rotateRoot replaces the key that everybody trusts, under load.
+func (s *stage) rotateRoot(ctx context.Context) error {
+	s.say("bundle rotate", "a new root of trust: published, acknowledged by everyone, then it signs; what the old one signed is replaced")
+	began, before := time.Now(), s.pods[1].handshakes()
+	if _, err := s.c.Admin(ctx, "bundle", "rotate", "--taint", "--watch"); err != nil {
+		return err
+	}
+	s.say("old root revoked", "after %.1f s, nothing was left under it; %d handshakes in the meantime", time.Since(began).Seconds(), s.pods[1].handshakes()-before)
 	return nil
 }
 
@@ -219,7 +235,7 @@ func (s *stage) sum(failover time.Duration) error {
 	case s.pods[0].rotations() < 2 || s.pods[1].rotations() < 2:
 		return errors.New("fewer than two rotations were seen")
 	}
-	fmt.Println("\nAll well: no handshake failed, through every rotation and the leader's death.")
+	fmt.Println("\nAll well: no handshake failed, through every rotation, a new root of trust, and the leader's death.")
 	return nil
 }
 

@@ -89,11 +89,14 @@ func (p *program) run(ctx context.Context) error {
 	return p.call(ctx, source, peer)
 }
 
-// watch prints each new SVID.
+// watch prints each new SVID; an update may be the bundle's alone.
 func (p *program) watch(ctx context.Context, source *workloadapi.X509Source) {
-	for {
+	for last := ""; ; {
 		if svid, err := source.GetX509SVID(); err == nil {
-			p.emit(Event{Event: "svid", ID: svid.ID.String(), Serial: fmt.Sprintf("%032x", svid.Certificates[0].SerialNumber)})
+			if serial := fmt.Sprintf("%032x", svid.Certificates[0].SerialNumber); serial != last {
+				p.emit(Event{Event: "svid", ID: svid.ID.String(), Serial: serial})
+				last = serial
+			}
 		}
 		select {
 		case <-ctx.Done():
