@@ -57,6 +57,7 @@ type rotations struct {
 
 	mu      sync.Mutex
 	problem map[identity.AuthorityKind]string
+	waits   map[identity.AuthorityKind]string // for whom, in words; empty: for nobody
 	whole   map[identity.AuthorityKind]whole
 }
 
@@ -104,6 +105,42 @@ func (r *rotations) said(kind identity.AuthorityKind) string {
 	return r.problem[kind]
 }
 
+// wait notes whom a rotation waits for.
+func (r *rotations) wait(kind identity.AuthorityKind, g gate) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.waits[kind] = ""
+	if !g.open() {
+		first := g.waiting[0]
+		r.waits[kind] = fmt.Sprintf("%d of %d, such as %s (%s)", len(g.waiting), g.total, first.name, first.because)
+	}
+}
+
+// longWait, and the longest life of what an authority signs, is how long a phase may take before somebody should look at it.
+const longWait = 2 * time.Hour
+
+// waitsLong says, on the leader, which rotations have waited for long, and for whom.
+func (s *Server) waitsLong() []string {
+	if !s.rotates() {
+		return nil
+	}
+	var out []string
+	now := s.cfg.Now()
+	s.rotations.mu.Lock()
+	defer s.rotations.mu.Unlock()
+	for _, r := range s.cfg.Rotating.Rotations() {
+		since := r.PhaseAt
+		if r.NotBefore.After(since) {
+			since = r.NotBefore
+		}
+		if waits := s.rotations.waits[r.Kind]; !r.Ended() && waits != "" && now.Sub(since) > longWait+s.longestTTL(r.Kind) {
+			out = append(out, fmt.Sprintf("the rotation of the %s authority has waited in phase %s since %s for %s: countersign bundle status names them, countersign bundle change --ignore goes on without one",
+				r.Kind, r.Phase, since.UTC().Format(time.RFC3339), waits))
+		}
+	}
+	return out
+}
+
 func (s *Server) rotates() bool {
 	return s.cfg.Rotating.Rotations != nil && s.cfg.Rotating.Writes != nil && s.cfg.Authorities != nil
 }
@@ -146,6 +183,8 @@ func (s *Server) leadRotations(ctx context.Context) {
 	defer func() { // what keeps the next leader is not this one's to say
 		s.rotations.say(identity.AuthorityX509, "")
 		s.rotations.say(identity.AuthorityJWT, "")
+		s.rotations.wait(identity.AuthorityX509, gate{})
+		s.rotations.wait(identity.AuthorityJWT, gate{})
 	}()
 	for {
 		wait := rotateIdle
@@ -322,6 +361,7 @@ func (s *Server) overdue(r *identity.Rotation, deadline time.Duration) bool {
 // pass decides whether a rotation may go on: the gate is open, or it is past its deadline. Who is left behind is on record.
 func (s *Server) pass(ctx context.Context, r *identity.Rotation, g gate, deadline time.Duration) (bool, error) {
 	left := g.ignoring(r.Ignore)
+	s.rotations.wait(r.Kind, left)
 	if left.open() && len(left.waiting) == len(g.waiting) {
 		return true, nil
 	}

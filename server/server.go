@@ -184,7 +184,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{cfg: cfg, limits: limits, turns: make(chan struct{}, maxTurns), refusals: newLineLimit(), faults: newLineLimit(), seal: newSealTending(), orphanAfter: orphanAfter, backups: make(chan struct{}, maxBackups), backupStall: backupStall, health: health.NewServer()}
 	s.requestPrefix, s.stopping = newID()[:10]+"-", make(chan struct{})
 	s.upstreamWake = make(chan struct{}, 1)
-	s.rotations = rotations{wake: make(chan struct{}, 1), problem: map[identity.AuthorityKind]string{}, whole: map[identity.AuthorityKind]whole{}}
+	s.rotations = rotations{wake: make(chan struct{}, 1), problem: map[identity.AuthorityKind]string{}, waits: map[identity.AuthorityKind]string{}, whole: map[identity.AuthorityKind]whole{}}
 	s.startedAt = cfg.Now()
 	s.issued.begin(cfg.IssuedUntil, cfg.KeepIssued, s.startedAt)
 	if s.downstreams, err = newDownstreams(); err != nil {

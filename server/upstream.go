@@ -122,6 +122,7 @@ func (s *Server) Degraded() []string {
 			out = append(out, fmt.Sprintf("the %s authority %s ends at %s", a.Kind, a.ID, a.NotAfter.UTC().Format(time.RFC3339)))
 		}
 	}
+	out = append(out, s.waitsLong()...)
 	if s.cfg.Degraded != nil {
 		out = append(out, s.cfg.Degraded()...)
 	}
