@@ -48,6 +48,7 @@ type Config struct {
 	Now         func() time.Time // default time.Now
 	X509TTL     time.Duration    // of leaves that ask for none, and of the member's own; default identity.DefaultX509TTL
 	JWTTTL      time.Duration    // of tokens that ask for none; default identity.DefaultJWTTL
+	JWTIssuer   string           // iss of tokens, an https URL; empty: they have none
 	IssuerTTL   time.Duration    // at least twice X509TTL; default DefaultIssuerTTL
 	Log         *slog.Logger     // default: none
 }
@@ -102,6 +103,11 @@ func New(cfg Config) (*CA, error) {
 	}
 	if cfg.JWTTTL < identity.MinTTL || cfg.JWTTTL > identity.MaxJWTTL {
 		errs = append(errs, fmt.Errorf("%w: JWT TTL %v: it must be from %v to %v", identity.ErrInvalid, cfg.JWTTTL, identity.MinTTL, identity.MaxJWTTL))
+	}
+	if cfg.JWTIssuer != "" {
+		if err := identity.CheckIssuer(cfg.JWTIssuer); err != nil {
+			errs = append(errs, fmt.Errorf("JWT issuer: %w", err))
+		}
 	}
 	if cfg.IssuerTTL < 2*cfg.X509TTL {
 		errs = append(errs, fmt.Errorf("%w: issuer TTL %v: it must be at least twice the X.509 TTL of %v, or leaves would be cut short", identity.ErrInvalid, cfg.IssuerTTL, cfg.X509TTL))

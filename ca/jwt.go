@@ -126,9 +126,10 @@ func jwtAlgorithm(pub crypto.PublicKey) (jose.SignatureAlgorithm, error) {
 	return "", fmt.Errorf("%w: its key is neither P-256 (%s) nor RSA (%s)", identity.ErrInvalid, ES256, RS256)
 }
 
-// claims of a JWT-SVID (section 3), and no others. The audience is an array even when it has one value, so that
+// claims of a JWT-SVID (section 3), and no others; iss is for consumers that know nothing of SPIFFE. The audience is an array even when it has one value, so that
 // consumers see one form.
 type claims struct {
+	Issuer   string   `json:"iss,omitempty"`
 	Subject  string   `json:"sub"`
 	Audience []string `json:"aud"`
 	IssuedAt int64    `json:"iat"` // seconds since 1970
@@ -176,7 +177,7 @@ func (c *CA) PrepareJWT(id spiffeid.ID, audience []string, ttl time.Duration) (*
 	return &PreparedJWT{
 		ca:     c,
 		signer: signer,
-		claims: claims{Subject: id.String(), Audience: slices.Clone(audience), IssuedAt: issued.Unix(), Expiry: expires.Unix()},
+		claims: claims{Issuer: c.cfg.JWTIssuer, Subject: id.String(), Audience: slices.Clone(audience), IssuedAt: issued.Unix(), Expiry: expires.Unix()},
 		svid:   identity.JWTSVID{ID: id, IssuedAt: issued, ExpiresAt: expires},
 	}, nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/asn1"
+	"errors"
 	"math/big"
 	"strings"
 	"testing"
@@ -66,6 +67,23 @@ func TestTokensVerify(t *testing.T) {
 		if _, err := token.Verify(key); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestJWTIssuer: tokens name it if there is one, and no claim else.
+func TestJWTIssuer(t *testing.T) {
+	r := newRig(t)
+	if _, claims := r.token(t); len(claims) != 4 {
+		t.Errorf("without an issuer: %v", claims)
+	}
+	r.cfg.JWTIssuer = "https://ca.example.org"
+	if _, claims := r.token(t); len(claims) != 5 || claims["iss"] != "https://ca.example.org" {
+		t.Errorf("%v", claims)
+	}
+	cfg := r.cfg
+	cfg.JWTIssuer = "http://ca.example.org/"
+	if _, err := New(cfg); !errors.Is(err, identity.ErrInvalid) {
+		t.Errorf("an issuer that is none: %v", err)
 	}
 }
 

@@ -64,6 +64,23 @@ func TestPublicDefaults(t *testing.T) {
 	}
 }
 
+// TestOIDCDefaults: the issuer is what every member says, or nothing.
+func TestOIDCDefaults(t *testing.T) {
+	for yaml, want := range map[string]string{
+		"": "",
+		"public: {listen: ':443'}\nadvertise: ca-1.example.org:8443":                      "", // its URL is this member's alone
+		"public: {listen: ':443', url: 'https://ca.example.org/'}":                        "https://ca.example.org",
+		"public: {listen: ':443', url: 'https://ca.example.org'}\noidc: {off: true}":      "",
+		"public: {listen: ':443', url: 'https://a'}\noidc: {issuer: 'https://b.org/c/d'}": "https://b.org/c/d",
+		"oidc: {issuer: 'https://b.org'}":                                                 "https://b.org",
+	} {
+		s, err := ParseServer("x", []byte(goodServer+yaml))
+		if err != nil || s.OIDC.Issuer != want || s.OIDC.MaxAge != 5*time.Minute {
+			t.Errorf("%s: %+v, %v", yaml, s, err)
+		}
+	}
+}
+
 func TestServerFaults(t *testing.T) {
 	for name, c := range map[string]struct {
 		yaml string
@@ -92,6 +109,9 @@ func TestServerFaults(t *testing.T) {
 		"public URL alone":      {goodServer + "public: {url: 'https://x.org'}\n", []string{"public.url without public.listen"}},
 		"public URLs":           {goodServer + "public: {listen: ':443', url: 'http://u:secret@x.org', spiffe_listen: ':444', spiffe_url: 'https://x.org/path'}\n", []string{"public.url", "public.spiffe_url", "paths of its own", "public.spiffe_listen: public.listen shows the SVID already"}},
 		"public certificates":   {goodServer + "public: {listen: ':443', tls: {cert_file: a, key_file: b, acme: {hosts: ['1.2.3.4', '*.x.org'], directory: 'http://x'}}}\n", []string{"cert_file \"a\"", "not both", "acme.hosts \"1.2.3.4\"", "acme.hosts \"*.x.org\"", "acme.directory"}},
+		"oidc":                  {goodServer + "oidc: {issuer: 'http://x.org', max_age: 1ms}\n", []string{"oidc.issuer", "oidc.max_age is 1ms"}},
+		"oidc issuer":           {goodServer + "oidc: {issuer: 'https://x.org/'}\n", []string{"no slash at its end"}},
+		"oidc off with issuer":  {goodServer + "oidc: {off: true, issuer: 'https://x.org'}\n", []string{"oidc.issuer with oidc.off"}},
 		"half a certificate":    {goodServer + "public: {tls: {cert_file: /a}}\n", []string{"go together", "without public.listen"}},
 		"refresh hint":          {goodServer + "federation: {refresh_hint: 1ms, web_ca_file: x}\n", []string{"federation.refresh_hint is 1ms", "federation.web_ca_file"}},
 	} {
@@ -196,7 +216,7 @@ func document(t *testing.T) string {
 		}
 		return true
 	}
-	for _, name := range []string{"config.go", "server.go", "agent.go"} {
+	for _, name := range []string{"config.go", "server.go", "public.go", "oidc.go", "agent.go"} {
 		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments)
 		if err != nil {
 			t.Fatal(err)

@@ -9,7 +9,7 @@ import (
 	"countersign.io/countersign/identity"
 )
 
-// Public is the HTTPS port that anybody may read, without a certificate of his own: the trust domain's bundle.
+// Public is the HTTPS port that anybody may read, without a certificate of his own: the trust domain's bundle, and what oidc says.
 type Public struct {
 	Listen string    `yaml:"listen"` // host:port; empty: none
 	URL    string    `yaml:"url"`    // https://host[:port] by which others reach listen, on whichever member; default from advertise and listen

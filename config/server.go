@@ -38,6 +38,7 @@ type Server struct {
 	X509Pop       X509Pop       `yaml:"x509pop"`
 	Public        Public        `yaml:"public"`
 	Federation    Federation    `yaml:"federation"`
+	OIDC          OIDC          `yaml:"oidc"`
 	Log           Log           `yaml:"log"`
 }
 
@@ -219,6 +220,7 @@ func (c *Server) complete() {
 		c.Backup.Keep = 7
 	}
 	def(&c.Backup.Key, c.Seal.Key)
+	c.OIDC.complete(&c.Public)
 	c.Public.complete(c.Advertise)
 	defDuration(&c.Federation.RefreshHint, identity.DefaultRefreshHint)
 	c.Log.complete()
@@ -295,6 +297,7 @@ func (c *Server) Check() error {
 		f.add("x509pop.kube_cluster without x509pop.ca_file")
 	}
 	c.Public.check(&f)
+	c.OIDC.check(&f)
 	f.ttl("federation.refresh_hint", c.Federation.RefreshHint, time.Second, 24*time.Hour)
 	if c.Federation.WebCAFile != "" {
 		f.absolute("federation.web_ca_file", c.Federation.WebCAFile)

@@ -28,11 +28,21 @@ type EndpointConfig struct {
 
 // NewEndpoint makes the handler of the bundle endpoint: the newest bundle in SPIFFE format, to anybody. The document is made
 // once for each bundle, whoever asks how often.
-func NewEndpoint(cfg EndpointConfig) http.Handler { return &endpoint{cfg: cfg} }
+func NewEndpoint(cfg EndpointConfig) http.Handler {
+	return &endpoint{
+		bundle: cfg.Bundle, log: cfg.Log, fresh: cfg.RefreshHint / freshShare,
+		marshal: func(b *identity.Bundle) ([]byte, error) { return Marshal(b, cfg.RefreshHint) },
+	}
+}
 
+// endpoint serves a document that is made of the own bundle.
 type endpoint struct {
-	cfg EndpointConfig
-	doc atomic.Pointer[served]
+	bundle  func() *identity.Bundle
+	marshal func(*identity.Bundle) ([]byte, error)
+	fresh   time.Duration // how long caches may keep it
+	anyone  bool          // scripts of any web page may read it
+	log     *slog.Logger
+	doc     atomic.Pointer[served]
 }
 
 // served is a document, and what it was made of.
@@ -50,12 +60,12 @@ const freshShare = 5
 func (e *endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
-		http.Error(w, "the bundle is read with GET", http.StatusMethodNotAllowed)
+		http.Error(w, "this is read with GET", http.StatusMethodNotAllowed)
 		return
 	}
 	doc, err := e.document()
 	if err != nil {
-		e.cfg.Log.Error("cannot serve the bundle", "error", err)
+		e.log.Error("cannot serve the bundle", "error", err)
 	}
 	if doc == nil {
 		w.Header().Set("Retry-After", "5")
@@ -65,21 +75,24 @@ func (e *endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("ETag", doc.etag)
-	h.Set("Cache-Control", "public, must-revalidate, max-age="+strconv.Itoa(int(e.cfg.RefreshHint/time.Second)/freshShare))
+	h.Set("Cache-Control", "public, must-revalidate, max-age="+strconv.Itoa(int(e.fresh/time.Second)))
 	h.Set("X-Content-Type-Options", "nosniff")
+	if e.anyone {
+		h.Set("Access-Control-Allow-Origin", "*")
+	}
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(doc.raw))
 }
 
 // document is nil while there is no bundle.
 func (e *endpoint) document() (*served, error) {
-	b := e.cfg.Bundle()
+	b := e.bundle()
 	if b == nil || b.Sequence == 0 {
 		return nil, nil
 	}
 	if doc := e.doc.Load(); doc != nil && doc.of == b {
 		return doc, nil
 	}
-	raw, err := Marshal(b, e.cfg.RefreshHint)
+	raw, err := e.marshal(b)
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -143,6 +144,27 @@ func CheckBundleURL(s string) error {
 		return fmt.Errorf("%w: URL %q: want https://host[:port]/path", ErrInvalid, RedactURL(s))
 	case u.Fragment != "":
 		return fmt.Errorf("%w: URL %q has a fragment, which no server sees: leave it out", ErrInvalid, RedactURL(s))
+	}
+	return nil
+}
+
+// CheckIssuer checks the issuer of JWT-SVIDs: an https URL that can be compared byte for byte (OpenID Connect Discovery 1.0,
+// section 3), with a path of plain segments or none.
+func CheckIssuer(s string) error {
+	if err := CheckBundleURL(s); err != nil {
+		return err
+	}
+	u, err := url.Parse(s)
+	if err != nil || strings.ContainsAny(s, "?#") || strings.HasSuffix(s, "/") || u.String() != s || s != strings.ToLower(s[:len(s)-len(u.Path)])+u.Path {
+		return fmt.Errorf("%w: issuer %q: want https://host[:port][/path], the host in lower case, nothing behind it and no slash at its end", ErrInvalid, RedactURL(s))
+	}
+	if u.Path == "" {
+		return nil
+	}
+	for _, segment := range strings.Split(u.Path[1:], "/") {
+		if segment == "" || segment == "." || segment == ".." || strings.Trim(segment, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~") != "" {
+			return fmt.Errorf("%w: issuer %q: path segment %q: want letters, digits, and - . _ ~", ErrInvalid, s, segment)
+		}
 	}
 	return nil
 }

@@ -135,10 +135,10 @@ func (s *Server) ackGate(ctx context.Context, a *identity.Authority) gate {
 	if !a.PreparedAt.IsZero() {
 		ahead := s.FederationSettle()
 		if s.cfg.PublishAhead != nil {
-			ahead = max(ahead, s.cfg.PublishAhead())
+			ahead = max(ahead, s.cfg.PublishAhead(a.Kind))
 		}
 		if ahead > 0 {
-			g.after(a.PreparedAt.Add(ahead), now, "publishing", "whoever reads the published bundle now and then, such as federated trust domains, must have had the time to")
+			g.after(a.PreparedAt.Add(ahead), now, "publishing", "whoever reads the published bundle or keys now and then, such as federated trust domains, must have had the time to")
 		}
 	}
 	return g

@@ -120,12 +120,14 @@ func TestAckGate(t *testing.T) {
 			r.srv.cfg.Cluster.Members = func() []MemberStatus { return append(members(), MemberStatus{ID: "m9", Address: "m9:1"}) }
 		}, []string{"m9=cannot be asked"}},
 		{"published", func(r *rotor, _ *identity.Authority) {
-			r.srv.cfg.PublishAhead = func() time.Duration { return time.Minute }
+			r.srv.cfg.PublishAhead = func(identity.AuthorityKind) time.Duration { return time.Minute }
 		}, []string{"publishing=federated"}},
 		{"published for long enough", func(r *rotor, _ *identity.Authority) {
-			r.srv.cfg.PublishAhead = func() time.Duration { return ackSettle }
+			r.srv.cfg.PublishAhead = func(identity.AuthorityKind) time.Duration { return ackSettle }
 		}, nil},
-		{"nobody reads it", func(r *rotor, _ *identity.Authority) { r.srv.cfg.PublishAhead = func() time.Duration { return 0 } }, nil},
+		{"nobody reads it", func(r *rotor, _ *identity.Authority) {
+			r.srv.cfg.PublishAhead = func(identity.AuthorityKind) time.Duration { return 0 }
+		}, nil},
 		{"a cluster below that is away", func(r *rotor, _ *identity.Authority) { r.below() }, []string{"spiffe://example.org/below=not connected"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

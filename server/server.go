@@ -99,9 +99,9 @@ type Config struct {
 	KeepIssued  func(map[string]time.Time) error
 	// Reports asks another member what its agents have and use; nil: a rotation waits for that member for ever.
 	Reports Reports
-	// PublishAhead is how long a new key must have been in the published bundle before it signs, for those who read that now and
-	// then; nil, or 0: nobody does.
-	PublishAhead func() time.Duration
+	// PublishAhead is how long a new key of a kind must have been published before it signs, for those who read the keys now and then
+	// and do not federate; nil, or 0: nobody does.
+	PublishAhead func(identity.AuthorityKind) time.Duration
 	// NewX509Key reports whether X509Key opens another key than the one at this URI; nil: it does not.
 	NewX509Key func(uri string) bool
 	// RootSettle is how long a new root must have been in the bundle before anything is signed below it; 0: twice the bundle's

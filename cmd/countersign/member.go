@@ -205,7 +205,7 @@ func (m *member) open(ctx context.Context) error {
 		return err
 	}
 	m.closers = append(m.closers, m.store)
-	if m.ca, err = ca.New(ca.Config{TrustDomain: m.td, MemberName: c.Name, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, Now: m.hooks.now, Log: m.log}); err != nil {
+	if m.ca, err = ca.New(ca.Config{TrustDomain: m.td, MemberName: c.Name, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, JWTIssuer: c.OIDC.Issuer, Now: m.hooks.now, Log: m.log}); err != nil {
 		return err
 	}
 	if err := m.openAudit(); err != nil {
@@ -303,7 +303,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Seal:    m.data.keyring.Seal, Open: m.openKey, Keyring: func() ([]byte, error) { return m.data.keyring.Plain(), nil }, Keep: m.data.saveAuthorities,
 		Upstream: up, Outside: m.store, Authorities: w, SealTerm: seal.TermOf,
 		IssuedUntil: m.issuedUntil(), KeepIssued: m.data.saveIssued,
-		Rotating: m.rotating(w), Reports: m.askReport, NewX509Key: m.newX509Key(),
+		Rotating: m.rotating(w), Reports: m.askReport, NewX509Key: m.newX509Key(), PublishAhead: m.publishAhead,
 		Federation: fed, Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,

@@ -56,7 +56,27 @@ func (m *member) listenPublic() error {
 	for _, p := range m.public.ports {
 		p.Handle(federation.EndpointPath, endpoint)
 	}
+	if c.Listen == "" || m.c.OIDC.Issuer == "" {
+		return nil
+	}
+	// Consumers of these verify by the web's roots: they are on that port alone.
+	oidc := federation.OIDCConfig{Issuer: m.c.OIDC.Issuer, Bundle: bundle, MaxAge: m.c.OIDC.MaxAge, Log: m.log}
+	discovery, err := federation.NewDiscovery(oidc)
+	if err != nil {
+		return err
+	}
+	at, keys := federation.OIDCPaths(m.c.OIDC.Issuer)
+	m.public.ports[0].Handle(at, discovery)
+	m.public.ports[0].Handle(keys, federation.NewKeys(oidc))
 	return nil
+}
+
+// publishAhead holds wherever the keys are read, on this member's port or on another's.
+func (m *member) publishAhead(kind identity.AuthorityKind) time.Duration {
+	if m.c.OIDC.Issuer == "" || kind != identity.AuthorityJWT {
+		return 0
+	}
+	return federation.PublishAhead(m.c.OIDC.MaxAge)
 }
 
 func (m *member) openPublic(field, address string, certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), protocols []string) error {
