@@ -226,14 +226,17 @@ func TestCheck(t *testing.T) {
 	dir := filepath.Join(w.Dir, "dora")
 	w.admin("x509", "mint", "--id", "spiffe://"+trustDomain+"/ops/dora", "--write", dir)
 	type finding struct{ Severity, Check, Where, What, Todo string }
-	check := func(code int, args ...string) (out []finding) {
+	// check wants an exit code and findings; on a starved machine members lose sight of each other for a moment, which check rightly says.
+	check := func(code int, want func([]finding) bool, args ...string) {
 		t.Helper()
-		r := w.countersign(nil, append([]string{"check", "-o", "json"}, args...)...)
-		var rep struct{ Findings []finding }
-		if err := json.Unmarshal([]byte(r.out), &rep); err != nil || r.code != code {
-			t.Fatalf("%v: exit code %d, %v: %s%s", args, r.code, err, r.out, r.errs)
-		}
-		return rep.Findings
+		w.eventually(fmt.Sprintf("check %v ends with %d", args, code), func() error {
+			r := w.countersign(nil, append([]string{"check", "-o", "json"}, args...)...)
+			var rep struct{ Findings []finding }
+			if err := json.Unmarshal([]byte(r.out), &rep); err != nil || r.code != code || !want(rep.Findings) {
+				return fmt.Errorf("exit code %d, %v: %s%s", r.code, err, r.out, r.errs)
+			}
+			return nil
+		})
 	}
 	has := func(fs []finding, check, where string) bool {
 		for _, f := range fs {
@@ -246,27 +249,17 @@ func TestCheck(t *testing.T) {
 	m := w.Members[0]
 	here := []string{"--socket", m.Socket, "-c", filepath.Join(m.Dir, "server.yaml")}
 	there := []string{"--member", m.Address, "--svid", dir, "--timeout", "60s"}
-	// A cluster made for a test has its keys in files and no backups; else nothing is wrong with it.
-	known := []string{"--ignore", "kek,backups,disk"}
-	if got := check(0, append(append([]string{}, there...), known...)...); len(got) != 0 {
-		t.Errorf("from elsewhere: %v", got)
-	}
-	if got := check(1, here...); !has(got, "kek", "ca-2") || !has(got, "kek-here", "kek") || !has(got, "backups", "cluster") {
-		t.Errorf("here: %v", got)
-	}
+	with := func(args []string, more ...string) []string { return append(append([]string{}, args...), more...) }
+	// A cluster made for a test has its keys in files and no backups, on whatever disk there is; else nothing is wrong with it.
+	const known = "--ignore=kek,backups,disk"
+	check(0, func(fs []finding) bool { return len(fs) == 0 }, with(there, known)...)
+	check(1, func(fs []finding) bool { return has(fs, "kek", "ca-2") && has(fs, "kek-here", "kek") && has(fs, "backups", "cluster") }, here...)
 	if err := os.Chmod(filepath.Join(m.Dir, "data", "keyring"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	w.Members[2].Kill()
-	w.eventually("the member that is down is found", func() error {
-		if got := check(1, append(append([]string{}, there...), known...)...); !has(got, "members", "ca-3") || !has(got, "members", "cluster") {
-			return fmt.Errorf("found %v", got)
-		}
-		return nil
-	})
-	if got := check(1, append(append([]string{}, here...), known...)...); !has(got, "files", "keyring") || !has(got, "members", "ca-3") {
-		t.Errorf("here: %v", got)
-	}
+	check(1, func(fs []finding) bool { return has(fs, "members", "ca-3") && has(fs, "members", "cluster") }, with(there, known)...)
+	check(1, func(fs []finding) bool { return has(fs, "files", "keyring") && has(fs, "members", "ca-3") }, with(here, known)...)
 	// The table is for people.
 	if r := w.countersign(nil, append([]string{"check"}, there...)...); r.code != 1 || !strings.Contains(r.out, "WHAT TO DO") {
 		t.Errorf("exit code %d: %s%s", r.code, r.out, r.errs)

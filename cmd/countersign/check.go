@@ -69,7 +69,9 @@ member answers. What you know of and accept you leave out with --ignore and the 
 			if !cmd.Flag("timeout").Changed {
 				a.timeout = time.Minute // a member that is down is waited for, and agents get their time
 			}
+			stop := working(cmd.ErrOrStderr(), "examining")
 			asked := a.examine(cmd, r)
+			stop()
 			r.order(ignore)
 			if err := a.printReport(cmd, r); err != nil {
 				return err

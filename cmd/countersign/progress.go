@@ -94,3 +94,44 @@ func (r *watched) Read(b []byte) (int, error) {
 	r.p.at(r.n, r.all)
 	return n, err
 }
+
+// working says that something is being waited for whose end nobody can foresee: on a terminal at once, elsewhere a line now and then.
+// The func that it returns ends that.
+func working(w io.Writer, what string) (stop func()) {
+	f, ok := w.(*os.File)
+	return workingEvery(w, what, ok && isTerminal(f), barEvery, lineEvery)
+}
+
+func workingEvery(w io.Writer, what string, bar bool, quick, slow time.Duration) (stop func()) {
+	every := slow
+	if bar {
+		every = quick
+	}
+	ended, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		began, shown := time.Now(), false
+		for {
+			select {
+			case <-ended:
+				if bar && shown {
+					fmt.Fprint(w, "\r\x1b[K")
+				}
+				return
+			case <-tick.C:
+			}
+			shown = true
+			if since := time.Since(began); bar {
+				fmt.Fprintf(w, "\r%s: %.1f s \x1b[K", what, since.Seconds())
+			} else {
+				fmt.Fprintf(w, "%s: %.0f s\n", what, since.Seconds())
+			}
+		}
+	}()
+	return func() {
+		close(ended)
+		<-done
+	}
+}
