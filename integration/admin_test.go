@@ -80,6 +80,10 @@ func TestRemoteAdmin(t *testing.T) {
 		t.Errorf("the list lacks its own entry: %s", out)
 	}
 	ok("cluster", "status")
+	ok("status", "--as", id)
+	if r := as("status", "--as", id+"x"); r.code != 3 || !strings.Contains(r.errs, id) {
+		t.Errorf("as somebody else: exit code %d: %s", r.code, r.errs)
+	}
 	var made struct{ ID string }
 	if err := json.Unmarshal([]byte(ok("entry", "create", "-s", "k8s:ns:shop", "--id", "spiffe://"+trustDomain+"/shop", "-o", "json")), &made); err != nil {
 		t.Fatal(err)
