@@ -162,7 +162,7 @@ func (m *member) openACME() (*federation.ACME, error) {
 		m.public.http = l
 	}
 	a, err := federation.NewACME(federation.ACMEConfig{
-		Directory: c.Directory, Hosts: c.Hosts, Email: c.Email, Roots: roots, Cache: acmeFiles(filepath.Join(m.c.DataDir, "acme")), Log: m.log,
+		Directory: c.Directory, Hosts: c.Hosts, Email: c.Email, HTTP: c.HTTPListen != "", Roots: roots, Cache: acmeFiles(filepath.Join(m.c.DataDir, "acme")), Log: m.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("public.tls.acme: %w", err)
