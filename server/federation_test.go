@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
@@ -555,6 +556,44 @@ func TestSyncFederation(t *testing.T) {
 			t.Errorf("an agent that federates with nobody got %v", m)
 		}
 	}
+}
+
+// A federated trust domain's SVIDs are nobody's to our members, whatever they are called: only workloads are given its bundle.
+func TestFederatedSVIDIsAStranger(t *testing.T) {
+	w, f := newFederatedWorld(t)
+	w.start(t)
+	key, _ := newKey(t)
+	root := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, root, root, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req := putRequest(t, "partner.org")
+	req.Bundle.X509Authorities = [][]byte{der}
+	if _, err := w.federation(t).CreateFederation(testContext(t), req); err != nil || f.Federated("partner.org") == nil {
+		t.Fatal(err)
+	}
+	parent, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"spiffe://partner.org/web", "spiffe://partner.org/countersign/member/m1", "spiffe://partner.org/countersign/agent/join/x", "spiffe://example.org/countersign/member/m1", "spiffe://example.org/web"} {
+		u, err := url.Parse(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf := &x509.Certificate{SerialNumber: big.NewInt(2), URIs: []*url.URL{u}, KeyUsage: x509.KeyUsageDigitalSignature, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+		cert, err := x509.CreateCertificate(rand.Reader, leaf, parent, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := w.dial(t, &tls.Certificate{Certificate: [][]byte{cert}, PrivateKey: key})
+		if _, err := memberv1.NewMemberClient(conn).Keyring(testContext(t), &memberv1.KeyringRequest{}); status.Code(err) != codes.Unavailable {
+			t.Errorf("%s got through the handshake: %v", id, err)
+		}
+	}
+	_, err = memberv1.NewMemberClient(w.dial(t, w.certificate(t, "/web"))).Keyring(testContext(t), &memberv1.KeyringRequest{})
+	wantCode(t, err, codes.PermissionDenied) // one of ours gets as far as that
 }
 
 // A pod without an agent has no stream: its answer brings the bundles.
