@@ -1,7 +1,9 @@
 package api
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -34,10 +36,24 @@ func BundleToWire(b *identity.Bundle) *workloadv1.Bundle {
 	for kid, key := range b.JWT {
 		out.JwtAuthorities = append(out.JwtAuthorities, &workloadv1.JWTKey{Kid: kid, PublicKey: key})
 	}
-	for _, e := range b.Ending {
+	ending := b.Ending
+	if len(ending) > maxEnding { // a bundle that is refused would be worse than what agents find out at the next one
+		ending = slices.Clone(ending)
+		slices.SortStableFunc(ending, func(a, b identity.Ending) int { return cmp.Compare(rank(a), rank(b)) })
+		ending = ending[:maxEnding]
+	}
+	for _, e := range ending {
 		out.Ending = append(out.Ending, &workloadv1.Bundle_Ending{Id: e.ID, Tainted: e.Tainted, SpreadMs: e.Spread.Milliseconds()})
 	}
 	return out
+}
+
+// rank puts the tainted ones first.
+func rank(e identity.Ending) int {
+	if e.Tainted {
+		return 0
+	}
+	return 1
 }
 
 // maxEnding bounds what a bundle says of authorities that end.

@@ -704,3 +704,28 @@ func TestReport(t *testing.T) {
 	}
 	wantCode(t, err, codes.PermissionDenied)
 }
+
+// TestManyWatchOneCensus: whoever may look may not have the members asked as often as he likes.
+func TestManyWatchOneCensus(t *testing.T) {
+	r := newRotor(t)
+	asked := 0
+	r.other("m2", func(*memberv1.ReportResponse_Self) { asked++ })
+	r.begin(x509Kind)
+	r.led(x509Kind)
+	ctx, trust := r.operator()
+	began := time.Now()
+	asked = 0
+	for range 50 {
+		got, err := trust.GetRotation(ctx, &adminv1.RotationRequest{Kind: "x509"})
+		if err != nil || len(got.Rotations) != 1 || len(got.Rotations[0].Gate.GetWaiting()) == 0 {
+			t.Fatalf("%v, %v", got, err)
+		}
+	}
+	if most := int(time.Since(began)/rotateLook) + 1; asked > most {
+		t.Errorf("another member was asked %d times", asked)
+	}
+	asked = 0
+	if _, err := trust.ChangeRotation(ctx, &adminv1.ChangeRotationRequest{Kind: "x509", Ignore: []string{"m2"}}); err != nil || asked != 1 {
+		t.Errorf("after a change it is asked anew: %v, %d", err, asked)
+	}
+}

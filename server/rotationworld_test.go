@@ -75,12 +75,12 @@ func (f *fakeState) RevokeAuthority(_ context.Context, now time.Time, _ identity
 // rotor is a member that leads, as far as rotations go: nothing of it runs by itself, and its clock stands still.
 type rotor struct {
 	*world
-	t      *testing.T
+	t      testing.TB
 	now    time.Time
 	others map[string]func(*memberv1.ReportRequest) ([]*memberv1.ReportResponse, error)
 }
 
-func newRotor(t *testing.T, edits ...func(*Config)) *rotor {
+func newRotor(t testing.TB, edits ...func(*Config)) *rotor {
 	t.Helper()
 	r := &rotor{t: t, now: time.Now(), others: map[string]func(*memberv1.ReportRequest) ([]*memberv1.ReportResponse, error){}}
 	r.world = newWorld(t, append([]func(*Config){func(c *Config) {

@@ -141,6 +141,7 @@ type Server struct {
 	evicted   evictions
 	issued    issued
 	rotations rotations
+	shown     shown
 	opened    atomic.Value // string: the prepared authority whose key this member could open; see opens
 	startedAt time.Time
 	// clusters are the kube clusters that the verifier was given, by name, and their revisions; nil before the first

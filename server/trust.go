@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -163,20 +164,45 @@ func (s *Server) rotationToWire(ctx context.Context, r identity.Rotation) *admin
 	case identity.RotationActivate:
 		d = r.AckDeadline
 		if a, ok := s.authority(r.Kind, r.New, ""); ok && a.State == identity.AuthorityPrepared {
-			g := s.ackGate(ctx, a).ignoring(r.Ignore)
-			out.Gate = g.toWire()
+			out.Gate = s.shown.of(&r, func() gate { return s.ackGate(ctx, a) })
 		}
 	case identity.RotationRevoke:
 		d = r.UseDeadline
 		if a, ok := s.authority(r.Kind, r.Old, ""); ok && (a.State == identity.AuthorityRetiring || a.State == identity.AuthorityTainted) {
-			g := s.useGate(ctx, a).ignoring(r.Ignore)
-			out.Gate = g.toWire()
+			out.Gate = s.shown.of(&r, func() gate { return s.useGate(ctx, a) })
 		}
 	}
 	if d > 0 {
 		out.Deadline = api.TimeToWire(r.PhaseAt.Add(d))
 	}
 	return out
+}
+
+// shown is the last gate of each kind that was shown: however many watch, the members are asked once a second.
+type shown struct {
+	mu   sync.Mutex
+	last map[identity.AuthorityKind]shownGate
+}
+
+type shownGate struct {
+	of string // rotation
+	at time.Time
+	g  *adminv1.Gate
+}
+
+func (s *shown) of(r *identity.Rotation, look func() gate) *adminv1.Gate {
+	key := fmt.Sprint(r.Revision, r.Phase, r.Ignore)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if last := s.last[r.Kind]; last.of == key && time.Since(last.at) < rotateLook {
+		return last.g
+	}
+	g := look().ignoring(r.Ignore)
+	if s.last == nil {
+		s.last = map[identity.AuthorityKind]shownGate{}
+	}
+	s.last[r.Kind] = shownGate{key, time.Now(), g.toWire()}
+	return s.last[r.Kind].g
 }
 
 func (s trustService) chosen(kind string) ([]identity.Rotation, error) {
