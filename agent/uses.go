@@ -224,7 +224,7 @@ func (c *cache) giveUp(t *trust, now time.Time) {
 		if !up {
 			continue
 		}
-		if !w.handed && w.flight == nil { // nobody has it: it need not be waited for
+		if len(w.streams) == 0 && w.flight == nil { // it is not renewed: who has it may go on using it, and who comes asks anew
 			c.drop(w, fmt.Errorf("%w: the authority that signed it was given up: ask again", identity.ErrUnavailable))
 			continue
 		}

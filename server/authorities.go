@@ -15,9 +15,12 @@ func (s adminService) ListAuthorities(context.Context, *adminv1.Empty) (*adminv1
 			Id: a.ID, Kind: string(a.Kind), State: string(a.State), NotBefore: api.TimeToWire(a.NotBefore), NotAfter: api.TimeToWire(a.NotAfter),
 			Key: "sealed", Upstream: a.Upstream,
 		}
-		if a.KeyURI != "" {
+		switch {
+		case a.KeyURI != "":
 			out.Key = a.KeyURI
-		} else if s.cfg.SealTerm != nil {
+		case len(a.SealedKey) == 0: // it is revoked
+			out.Key = "gone"
+		case s.cfg.SealTerm != nil:
 			out.SealTerm, _ = s.cfg.SealTerm(a.SealedKey)
 		}
 		resp.Authorities = append(resp.Authorities, out)

@@ -224,6 +224,9 @@ func (x *examination) disks(context.Context) {
 func (x *examination) authorities(context.Context) {
 	active := map[identity.AuthorityKind]bool{}
 	for _, a := range x.cfg.State.Authorities() {
+		if a.State == identity.AuthorityRevoked { // its key is gone, and its record there for people to see
+			continue
+		}
 		where := fmt.Sprintf("%s authority %s", a.Kind, a.ID)
 		if a.State == identity.AuthorityActive {
 			active[a.Kind] = true

@@ -216,7 +216,7 @@ func (s *Server) useGate(ctx context.Context, a *identity.Authority) gate {
 		if !r.since.IsZero() { // it may have minted something before
 			until = later(until, sooner(r.since, signed).Add(identity.MaxX509TTL))
 		}
-		g.after(until, now, r.member, "it has signed what no agent accounts for, and lasts until then")
+		g.after(until, now, r.member, "what it signed and no agent accounts for lasts until then")
 	}
 	if a.Kind == identity.AuthorityX509 {
 		for _, rec := range s.agentIDs() {
