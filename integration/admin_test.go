@@ -257,7 +257,9 @@ func TestCheck(t *testing.T) {
 	// A cluster made for a test has its keys in files and no backups, on whatever disk there is; else nothing is wrong with it.
 	const known = "--ignore=kek,backups,disk"
 	check(0, func(fs []finding) bool { return len(fs) == 0 }, with(there, known)...)
-	check(1, func(fs []finding) bool { return has(fs, "kek", "ca-2") && has(fs, "kek-here", "kek") && has(fs, "backups", "cluster") }, here...)
+	check(1, func(fs []finding) bool {
+		return has(fs, "kek", "ca-2") && has(fs, "kek-here", "kek") && has(fs, "backups", "cluster")
+	}, here...)
 	if err := os.Chmod(filepath.Join(m.Dir, "data", "keyring"), 0o644); err != nil {
 		t.Fatal(err)
 	}
