@@ -253,22 +253,6 @@ func (r *rotor) begin(kind identity.AuthorityKind, changes ...func(*identity.Rot
 	}
 }
 
-// to takes a rotation to the phase revoke, with whatever agents are connected going along.
-func (r *rotor) toRevoke(kind identity.AuthorityKind, sessions ...*session) (old identity.Authority) {
-	r.t.Helper()
-	old = r.active(kind)
-	r.begin(kind)
-	r.led(kind)
-	for _, s := range sessions {
-		r.says(s)
-	}
-	r.led(kind)
-	r.now = r.now.Add(ackSettle)
-	r.led(kind)
-	r.at(kind, identity.RotationRevoke)
-	return r.authorityNow(kind, old.ID)
-}
-
 func (r *rotor) authorityNow(kind identity.AuthorityKind, id string) identity.Authority {
 	r.t.Helper()
 	a, ok := r.srv.authority(kind, id, "")
