@@ -96,7 +96,7 @@ func newDomain(t *testing.T, ctx context.Context, name string) *domain {
 	})
 	for range 3 {
 		port := freeAddress(t)
-		d.ServerYAML = fmt.Sprintf("x509_ttl: 24s\njwt_ttl: 8s\nmax_staleness: 1m\npublic: {listen: %q, url: %q}\nfederation: {refresh_hint: 1s}\n", port, "https://"+b.l.Addr().String())
+		d.ServerYAML = fmt.Sprintf("x509_ttl: 24s\njwt_ttl: 8s\nmax_staleness: 1m\npublic: {listen: %q, url: %q}\nfederation: {refresh_hint: 1s}\noidc: {off: true}\n", port, "https://"+b.l.Addr().String())
 		if _, err := d.StartMember(ctx); err != nil {
 			t.Fatal(err)
 		}

@@ -662,3 +662,35 @@ func TestFederationFromAnotherMember(t *testing.T) {
 		t.Errorf("%v, %v", list, err)
 	}
 }
+
+// TestConformance20PublishedBeforeItSigns: where anybody reads the bundle, a new key is in it for three refresh hints before it
+// signs (SPIFFE Federation section 4.1).
+func TestConformance20PublishedBeforeItSigns(t *testing.T) {
+	for name, federated := range map[string]func(*Config){
+		"an endpoint is served": func(c *Config) {
+			c.Federation.Endpoints = []Endpoint{{identity.ProfileWeb, "https://ca.example.org/bundle"}}
+		},
+		"there is a partner": func(c *Config) {
+			f := &fakeFederation{all: map[string]identity.Federation{}, bundles: map[string]*identity.Bundle{}}
+			f.keep(identity.Federation{TrustDomain: "partner.org"})
+			c.Federation.FederationState = f
+		},
+	} {
+		for _, kind := range []identity.AuthorityKind{x509Kind, jwtKind} {
+			r := newRotor(t)
+			r.srv.cfg.Federation.RefreshHint = 2 * time.Minute
+			federated(&r.srv.cfg)
+			a, err := r.srv.prepareNew(t.Context(), kind, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.srv.ackGate(t.Context(), &a)
+			r.now = r.now.Add(6*time.Minute - time.Second)
+			if g := r.srv.ackGate(t.Context(), &a); g.open() || len(g.waiting) != 1 || g.waiting[0].name != "publishing" {
+				t.Errorf("%s: a second before: %+v", name, g.waiting)
+			}
+			r.now = r.now.Add(time.Second)
+			waitsFor(t, r.srv.ackGate(t.Context(), &a))
+		}
+	}
+}
