@@ -162,7 +162,7 @@ func (r *Refresher) Refresh(ctx context.Context, trustDomain string, source func
 
 // refresh is one poll. Two of one partner come after each other, and each verifies by the newest bundle.
 func (r *Refresher) refresh(ctx context.Context, trustDomain string, source func() []identity.Federation, take func(context.Context, identity.Federation, *identity.Bundle) (string, error)) error {
-	f, p, err := r.newest(trustDomain, source)
+	_, p, err := r.newest(trustDomain, source)
 	if err != nil {
 		return err
 	}
@@ -172,7 +172,8 @@ func (r *Refresher) refresh(ctx context.Context, trustDomain string, source func
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if f, p, err = r.newest(trustDomain, source); err != nil {
+	f, p, err := r.newest(trustDomain, source)
+	if err != nil {
 		return err
 	}
 	b, err := r.cfg.Fetch(ctx, f)
