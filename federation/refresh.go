@@ -166,9 +166,10 @@ func (r *Refresher) refresh(ctx context.Context, trustDomain string, source func
 	if err != nil {
 		return err
 	}
+	turn := p.turn // p is another one below, if the relationship changes while this waits
 	select {
-	case p.turn <- struct{}{}:
-		defer func() { <-p.turn }()
+	case turn <- struct{}{}:
+		defer func() { <-turn }()
 	case <-ctx.Done():
 		return ctx.Err()
 	}

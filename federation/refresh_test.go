@@ -322,6 +322,37 @@ func TestRefreshOnDemand(t *testing.T) {
 	})
 }
 
+// A relationship that changes while one waits for the turn to ask: the new one is asked.
+func TestRefreshOfOneThatChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, c := &fakeFetch{hint: time.Hour, seq: 1, hang: true}, newConsumer(web("partner.org"))
+		r := NewRefresher(RefresherConfig{Fetch: f.fetch, Log: quiet()})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 2)
+		go func() { done <- r.Refresh(ctx, "partner.org", c.source, c.take) }()
+		synctest.Wait()
+		go func() { done <- r.Refresh(t.Context(), "partner.org", c.source, c.take) }()
+		synctest.Wait()
+		f.set(func() { f.hang = false })
+		c.change(func() {
+			moved := *c.rel["partner.org"]
+			moved.Revision = 9
+			c.rel["partner.org"] = &moved
+		})
+		cancel()
+		var errs []error
+		for range 2 {
+			errs = append(errs, <-done)
+		}
+		if (errs[0] == nil) == (errs[1] == nil) || c.bundle("partner.org") == nil {
+			t.Errorf("%v", errs)
+		}
+		if err := r.Refresh(t.Context(), "partner.org", c.source, c.take); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // The whole way with bad partners: each leaves the last good bundle, and an error to be seen.
 func TestBadPartnerKeepsTheLastGood(t *testing.T) {
 	p := newPartner(t, "partner.org")
