@@ -156,6 +156,10 @@ func (s adminService) RemoveMember(ctx context.Context, req *adminv1.NameRequest
 }
 
 func (s *Server) forgetMember(ctx context.Context, id string) error {
+	// What it signed for others than agents it alone knows: this member says from now on that it is not known.
+	if err := s.issued.lose(s.cfg.Now()); err != nil {
+		return fmt.Errorf("keeping that nobody knows what it signed: %w", err)
+	}
 	if err := s.cfg.Writes.RemoveMember(ctx, id); err != nil && !errors.Is(err, identity.ErrNotFound) {
 		return err
 	}

@@ -220,7 +220,7 @@ func (s *Server) useGate(ctx context.Context, a *identity.Authority) gate {
 	}
 	if a.Kind == identity.AuthorityX509 {
 		for _, rec := range s.agentIDs() {
-			s.agentUse(&g, c, rec, bound, end, now)
+			s.agentUse(&g, c, rec, longest, bound, end, now)
 		}
 		s.goneUses(&g, c, bound, now)
 	}
@@ -240,9 +240,12 @@ func (s *Server) useGate(ctx context.Context, a *identity.Authority) gate {
 	return g
 }
 
-func (s *Server) agentUse(g *gate, c census, rec identity.Agent, bound, end, now time.Time) {
+func (s *Server) agentUse(g *gate, c census, rec identity.Agent, longest time.Duration, bound, end, now time.Time) {
 	p, known := c.parties[rec.ID]
 	until := sooner(p.until, end)
+	if !rec.FirstAt.IsZero() { // a process before this one may have handed out what this one does not know of
+		until = later(until, sooner(rec.AttestedAt.Add(longest), bound))
+	}
 	g.svids += uint64(p.svids)
 	switch {
 	case p.connected && p.tells && p.svids > 0 && now.Before(end): // whatever it says, there is nothing left after that

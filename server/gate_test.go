@@ -214,6 +214,27 @@ func TestUseGate(t *testing.T) {
 		{"does not know", func(r *rotor, old identity.Authority) {
 			r.srv.takeAck(r.connect(r.node("a")), &nodev1.Ack{BundleSequence: r.state.Bundle().Sequence, Tells: true, Since: timestamppb.New(r.now.Add(-20 * time.Minute))})
 		}, []string{id("a") + "=have left it"}, 40 * time.Minute},
+		{"attested again 20 minutes ago", func(r *rotor, old identity.Authority) {
+			a := r.node("a")
+			a.FirstAt, a.AttestedAt = r.now.Add(-10*time.Hour), r.now.Add(-20*time.Minute)
+			if _, err := r.state.PutAgent(r.t.Context(), a); err != nil {
+				r.t.Fatal(err)
+			}
+			r.says(r.connect(a))
+		}, []string{id("a") + "=have left it"}, 40 * time.Minute},
+		{"attested again long ago", func(r *rotor, old identity.Authority) {
+			a := r.node("a")
+			a.FirstAt, a.AttestedAt = r.now.Add(-10*time.Hour), r.now.Add(-2*time.Hour)
+			if _, err := r.state.PutAgent(r.t.Context(), a); err != nil {
+				r.t.Fatal(err)
+			}
+			r.says(r.connect(a))
+		}, nil, 0},
+		{"a member was removed", func(r *rotor, old identity.Authority) {
+			if err := r.srv.forgetMember(r.t.Context(), "m9"); err != nil {
+				r.t.Fatal(err)
+			}
+		}, []string{"m1=no agent accounts for"}, 24 * time.Hour},
 		{"of an older version", func(r *rotor, old identity.Authority) {
 			r.srv.takeAck(r.connect(r.node("a")), &nodev1.Ack{BundleSequence: r.state.Bundle().Sequence})
 		}, []string{id("a") + "=older version"}, bound},

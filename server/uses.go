@@ -49,6 +49,21 @@ func (i *issued) save() error {
 	return i.keep(i.until)
 }
 
+// lose notes that somebody's memory is gone: what was signed before now lasts for as long as anything does.
+func (i *issued) lose(now time.Time) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	next := maps.Clone(i.until)
+	next[unknown] = now.Add(identity.MaxX509TTL).UTC()
+	if i.keep != nil {
+		if err := i.keep(next); err != nil {
+			return err
+		}
+	}
+	i.until = next
+	return nil
+}
+
 // since is before when it is not known what was signed; zero: all is known.
 func (i *issued) since(now time.Time) time.Time {
 	i.mu.Lock()

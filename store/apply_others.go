@@ -157,7 +157,12 @@ func (a *applier) checkAgent(r *identity.Agent) error {
 	if old != nil && old.Banned {
 		return fmt.Errorf("%w: agent %s is banned", identity.ErrDenied, r.ID)
 	}
-	r.AttestedAt, r.Banned, r.Revision = r.AttestedAt.UTC(), false, a.index
+	r.AttestedAt, r.FirstAt, r.Banned, r.Revision = r.AttestedAt.UTC(), time.Time{}, false, a.index
+	if old != nil && a.level >= level2 {
+		if r.FirstAt = old.FirstAt; r.FirstAt.IsZero() {
+			r.FirstAt = old.AttestedAt
+		}
+	}
 	return nil
 }
 

@@ -68,7 +68,12 @@ func (c *recordChecker) decode(k kind, key string, value []byte) (any, error) {
 	case kindJoinToken:
 		return decodeRecord(key, value, func(r *identity.JoinToken) (string, error) { return string(r.Hash), checkToken(r) })
 	case kindAgent:
-		return decodeRecord(key, value, func(r *identity.Agent) (string, error) { return r.ID, nil })
+		return decodeRecord(key, value, func(r *identity.Agent) (string, error) {
+			if !r.FirstAt.IsZero() {
+				c.needed = max(c.needed, level2)
+			}
+			return r.ID, nil
+		})
 	case kindAuthority:
 		return decodeRecord(key, value, func(r *identity.Authority) (string, error) {
 			c.needed = max(c.needed, levelOfAuthority(r))

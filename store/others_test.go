@@ -276,3 +276,25 @@ func TestMembers(t *testing.T) {
 	wantErr(t, w.PutMember(ctx, identity.Member{ID: "a/b"}), identity.ErrInvalid, "a/b")
 	checkConsistent(t, s)
 }
+
+// TestAgentFirstAt: that an agent was attested before is remembered from level 2 on, and is not the caller's to say.
+func TestAgentFirstAt(t *testing.T) {
+	for level, want := range map[uint32]time.Time{1: {}, 2: now.Add(time.Minute)} {
+		_, w, _ := newStore(t)
+		ctx := t.Context()
+		if err := w.SetLevel(ctx, level); err != nil {
+			t.Fatal(err)
+		}
+		in := agent("one")
+		in.AttestedAt, in.FirstAt = now.Add(time.Minute), now.Add(-time.Hour)
+		if got := must[identity.Agent](t)(w.PutAgent(ctx, in)); !got.FirstAt.IsZero() {
+			t.Errorf("level %d, at first: %v", level, got.FirstAt)
+		}
+		for i := range 2 {
+			in.AttestedAt = now.Add(time.Duration(i+2) * time.Minute)
+			if got := must[identity.Agent](t)(w.PutAgent(ctx, in)); !got.FirstAt.Equal(want) {
+				t.Errorf("level %d, again: %v, want %v", level, got.FirstAt, want)
+			}
+		}
+	}
+}
