@@ -130,9 +130,9 @@ type Agent struct {
 	AttestedAt  time.Time `json:"attested_at,omitzero"`
 	// FirstAt is when it was attested first, if it was again since: the process before may have handed out what this one does
 	// not know of. It is kept from level 2 on.
-	FirstAt time.Time `json:"first_at,omitzero"`
-	Banned      bool      `json:"banned,omitempty"`
-	Revision    uint64    `json:"revision,omitempty"`
+	FirstAt  time.Time `json:"first_at,omitzero"`
+	Banned   bool      `json:"banned,omitempty"`
+	Revision uint64    `json:"revision,omitempty"`
 }
 
 // JoinToken is what the cluster remembers of a one-time join secret: never the secret.
