@@ -405,6 +405,9 @@ func (u *upstreamLoop) advance(ctx context.Context, active, prepared *identity.A
 	}
 	root := anchor(prepared)
 	since, seen := u.since[string(root)]
+	if at := prepared.PreparedAt; !at.IsZero() && (!seen || at.Before(since)) {
+		since, seen = at, true // it has been in the bundle since then at the least, whatever this leader has looked at
+	}
 	left := u.settle() - now.Sub(since)
 	switch {
 	case seen && (since.IsZero() || left <= 0):
@@ -419,10 +422,9 @@ func (u *upstreamLoop) advance(ctx context.Context, active, prepared *identity.A
 	default:
 		return min(left, upstreamLook)
 	}
-	err := u.audit(ctx, audit.Event{Action: audit.AuthorityChange, Outcome: audit.Attempted, Subjects: []string{string(prepared.Kind) + " " + prepared.ID}, Details: audit.Details{{Key: "to", Value: string(identity.AuthorityActive)}}})
-	if err == nil {
-		err = u.cfg.Authorities.ActivateAuthority(ctx, u.cfg.Now(), prepared.Kind, prepared.ID, false)
-	}
+	err := u.changeState(ctx, prepared, identity.AuthorityActive, func() error {
+		return u.cfg.Authorities.ActivateAuthority(ctx, u.cfg.Now(), prepared.Kind, prepared.ID, false)
+	})
 	if err != nil {
 		if ctx.Err() == nil {
 			u.cfg.Log.Warn("cannot activate the prepared authority: trying again", "authority", prepared.ID, "error", err)
