@@ -3,7 +3,6 @@ package server
 import (
 	"fmt"
 	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -229,7 +228,7 @@ func (s *Server) agentIDs() []identity.Agent {
 	var out []identity.Agent
 	for after, more := "", true; more; more = after != "" {
 		var page []*identity.Agent
-		page, after = s.agentPage(after)
+		page, after = s.cfg.State.Agents(after, 1000)
 		for _, a := range page {
 			if !a.Banned {
 				out = append(out, *a)
@@ -237,9 +236,4 @@ func (s *Server) agentIDs() []identity.Agent {
 		}
 	}
 	return out
-}
-
-func (s *Server) agentPage(after string) ([]*identity.Agent, string) {
-	page, next := s.cfg.State.Agents(after, 1000)
-	return slices.Clone(page), next
 }

@@ -165,10 +165,16 @@ func (a *applier) activateAuthority(d *activateData) (any, error) {
 			return nil, err
 		}
 	}
-	if err := put(a.state, kindAuthority, authorityKey(&now), now); err != nil {
+	return a.replaceAuthority(before, &now)
+}
+
+// replaceAuthority puts an authority in the place of what it was before.
+func (a *applier) replaceAuthority(before *vouched, r *identity.Authority) (any, error) {
+	r.Revision = a.index
+	if err := put(a.state, kindAuthority, authorityKey(r), r); err != nil {
 		return nil, err
 	}
-	return &now, a.vouchedChanged(before)
+	return r, a.vouchedChanged(before)
 }
 
 // taintAuthority gives up an authority that signs no longer. One that signs cannot be: nobody could replace what it signed.
@@ -205,11 +211,8 @@ func (a *applier) taintAuthority(d *taintData) (any, error) {
 		}
 	}
 	now := *r
-	now.State, now.Revision, now.TaintedAt, now.Spread = identity.AuthorityTainted, a.index, a.now, d.Spread
-	if err := put(a.state, kindAuthority, authorityKey(&now), now); err != nil {
-		return nil, err
-	}
-	return &now, a.vouchedChanged(before)
+	now.State, now.TaintedAt, now.Spread = identity.AuthorityTainted, a.now, d.Spread
+	return a.replaceAuthority(before, &now)
 }
 
 // revokeAuthority takes an authority that signs no longer out of the bundle, and its key out of the state.
@@ -228,11 +231,8 @@ func (a *applier) revokeAuthority(d *authorityData) (any, error) {
 		return nil, fmt.Errorf("%w: authority %s is %s: only a retiring or tainted one is revoked; activate another one first", identity.ErrPrecondition, authorityKey(r), r.State)
 	}
 	now := *r
-	now.State, now.Revision, now.RevokedAt, now.SealedKey = identity.AuthorityRevoked, a.index, a.now, nil
-	if err := put(a.state, kindAuthority, authorityKey(&now), now); err != nil {
-		return nil, err
-	}
-	return &now, a.vouchedChanged(before)
+	now.State, now.RevokedAt, now.SealedKey = identity.AuthorityRevoked, a.now, nil
+	return a.replaceAuthority(before, &now)
 }
 
 func (a *applier) resealAuthority(d *resealData) (any, error) {
@@ -253,11 +253,8 @@ func (a *applier) resealAuthority(d *resealData) (any, error) {
 		return r, nil
 	}
 	now := *r
-	now.SealedKey, now.Revision = d.SealedKey, a.index
-	if err := put(a.state, kindAuthority, authorityKey(&now), now); err != nil {
-		return nil, err
-	}
-	return &now, a.vouchedChanged(before)
+	now.SealedKey = d.SealedKey
+	return a.replaceAuthority(before, &now)
 }
 
 func (a *applier) dropAuthority(d *authorityData) (any, error) {

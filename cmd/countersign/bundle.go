@@ -32,7 +32,7 @@ func bundleCommand(a *admin) *cobra.Command {
 its authorities are replaced (rotate, and each step by itself). docs/ROTATION.md and docs/FEDERATION.md say more.`,
 	}
 	a.flags(cmd)
-	cmd.AddCommand(bundleShow(a), bundleList(a), bundleCount(a), bundleSet(a), bundleDelete(a))
+	cmd.AddCommand(bundleShow(a), bundleList(a), bundleCount(a), bundleSet(a), federationDelete(a, "bundle"))
 	cmd.AddCommand(trustCommands(a)...)
 	return cmd
 }
@@ -307,32 +307,4 @@ func readBundle(td spiffeid.TrustDomain, raw []byte, format string, old *workloa
 		return nil, fmt.Errorf("%w: there is no certificate in it", identity.ErrInvalid)
 	}
 	return out, nil
-}
-
-func bundleDelete(a *admin) *cobra.Command {
-	var dry bool
-	cmd := &cobra.Command{
-		Use: "delete TRUST-DOMAIN", Short: "Trust a federated trust domain no longer", Args: cobra.ExactArgs(1),
-		Long: `Trust a federated trust domain no longer: its bundle and where it is fetched from are forgotten, as countersign federation delete does.
-Workloads lose it at once.`,
-		Example:           "  countersign bundle delete partner.org --dry-run",
-		ValidArgsFunction: a.completeFederations,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.connect(cmd, func(ctx context.Context, conn *grpc.ClientConn) error {
-				res, err := adminv1.NewFederationClient(conn).DeleteFederation(ctx, &adminv1.DeleteFederationRequest{TrustDomain: args[0], DryRun: dry})
-				if err != nil {
-					return err
-				}
-				return a.out.Print(cmd.OutOrStdout(), res, func() cli.Table {
-					t := cli.Table{Rows: [][]string{{"trust domain", args[0]}, {"entries that federate with it", strconv.FormatUint(uint64(res.Entries), 10)}}}
-					if dry {
-						t.Rows = append(t.Rows, []string{"dry run", "nothing was changed"})
-					}
-					return t
-				})
-			})
-		},
-	}
-	cmd.Flags().BoolVar(&dry, "dry-run", false, "change nothing: say which entries would go on without it")
-	return cmd
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 
 	adminv1 "countersign.io/countersign/api/admin/v1"
 )
@@ -15,14 +16,21 @@ const completeTime = 2 * time.Second
 // complete asks the live cluster for the names that a command's one argument can have: what one member knows, without asking
 // the leader. If none answers in time, there are none: a shell cannot show an error.
 func (a *admin) complete(cmd *cobra.Command, args []string, f func(context.Context, adminv1.AdminClient) ([]string, error)) ([]string, cobra.ShellCompDirective) {
+	return a.completeBy(cmd, args, func(ctx context.Context, conn *grpc.ClientConn) ([]string, error) {
+		return f(ctx, adminv1.NewAdminClient(conn))
+	})
+}
+
+// completeBy is complete for the other services that operators have.
+func (a *admin) completeBy(cmd *cobra.Command, args []string, f func(context.Context, *grpc.ClientConn) ([]string, error)) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
 	quick := *a
 	quick.timeout, quick.stale = min(a.timeout, completeTime), true
 	var names []string
-	_ = quick.call(cmd, func(ctx context.Context, c adminv1.AdminClient) (err error) {
-		names, err = f(ctx, c)
+	_ = quick.connect(cmd, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
+		names, err = f(ctx, conn)
 		return err
 	})
 	return names, cobra.ShellCompDirectiveNoFileComp

@@ -30,7 +30,7 @@ The usual way is one string each way: "invite" here, "accept" there, and what th
 what each side then trusts the other for.`,
 	}
 	a.flags(cmd)
-	cmd.AddCommand(federationInvite(a), federationAccept(a), federationPut(a, false), federationPut(a, true), federationDelete(a), federationList(a), federationShow(a), federationRefresh(a))
+	cmd.AddCommand(federationInvite(a), federationAccept(a), federationPut(a, false), federationPut(a, true), federationDelete(a, "federation"), federationList(a), federationShow(a), federationRefresh(a))
 	return cmd
 }
 
@@ -236,11 +236,12 @@ func mergeFederation(ctx context.Context, cmd *cobra.Command, c adminv1.Federati
 	return nil
 }
 
-func federationDelete(a *admin) *cobra.Command {
+// federationDelete is below federation, and below bundle, where the bundles are.
+func federationDelete(a *admin, group string) *cobra.Command {
 	var dryRun bool
 	cmd := &cobra.Command{
 		Use: "delete TRUST-DOMAIN", Short: "Trust another trust domain no longer: its bundle is gone from every agent at once", Args: cobra.ExactArgs(1),
-		Example: "  countersign federation delete partner.org --dry-run\n  countersign federation delete partner.org", ValidArgsFunction: a.completeFederations,
+		Example: fmt.Sprintf("  countersign %s delete partner.org --dry-run\n  countersign %[1]s delete partner.org", group), ValidArgsFunction: a.completeFederations,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.callFederation(cmd, func(ctx context.Context, c adminv1.FederationClient) error {
 				res, err := c.DeleteFederation(ctx, &adminv1.DeleteFederationRequest{TrustDomain: args[0], DryRun: dryRun})
@@ -314,18 +315,13 @@ func federationRefresh(a *admin) *cobra.Command {
 }
 
 func (a *admin) completeFederations(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	var out []string
-	if len(args) == 0 {
-		a.timeout = min(a.timeout, 3*time.Second) // somebody waits at the prompt
-		_ = a.callFederation(cmd, func(ctx context.Context, c adminv1.FederationClient) error {
-			res, err := c.ListFederations(ctx, &adminv1.Empty{})
-			for _, f := range res.GetFederations() {
-				out = append(out, f.TrustDomain+"\t"+f.Url)
-			}
-			return err
-		})
-	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+	return a.completeBy(cmd, args, func(ctx context.Context, conn *grpc.ClientConn) (out []string, err error) {
+		res, err := adminv1.NewFederationClient(conn).ListFederations(ctx, &adminv1.Empty{})
+		for _, f := range res.GetFederations() {
+			out = append(out, f.TrustDomain+"\t"+f.Url)
+		}
+		return out, err
+	})
 }
 
 func federationTable(all ...*adminv1.FederationRelationship) cli.Table {

@@ -4,10 +4,8 @@ import (
 	"context"
 	"crypto"
 	"fmt"
-	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 
 	memberv1 "countersign.io/countersign/api/member/v1"
 	"countersign.io/countersign/ca/kmskey"
@@ -24,9 +22,7 @@ func (m *member) rotating(w *store.Writer) server.Rotating {
 
 // askReport asks another member, that very one, what its agents have of the bundle.
 func (m *member) askReport(ctx context.Context, from identity.Member, req *memberv1.ReportRequest) (grpc.ServerStreamingClient[memberv1.ReportResponse], func(), error) {
-	conf := server.MemberTLS(m.tls, from.ID)
-	conf.NextProtos = []string{"h2"}
-	conn, err := grpc.NewClient("passthrough:///"+from.Address, grpc.WithTransportCredentials(credentials.NewTLS(conf)))
+	conn, err := m.dialMember(ctx, from)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -69,6 +65,3 @@ func openKMS(uri string) (crypto.Signer, error) {
 	}
 	return key, nil
 }
-
-// watchPause is how long a watch waits before it connects again.
-const watchPause = time.Second

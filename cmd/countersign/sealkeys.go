@@ -15,7 +15,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 
 	"countersign.io/countersign/api"
 	memberv1 "countersign.io/countersign/api/member/v1"
@@ -214,15 +213,12 @@ func (m *member) sealing(w server.SealWriter) server.Sealing {
 
 // fetchKeyring asks another member, that very one, for its data keys.
 func (m *member) fetchKeyring(ctx context.Context, from identity.Member) ([]byte, error) {
-	conf := server.MemberTLS(m.tls, from.ID)
-	conf.NextProtos = []string{"h2"}
-	conn, err := grpc.NewClient("passthrough:///"+from.Address, grpc.WithTransportCredentials(credentials.NewTLS(conf)),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxKeyring)))
+	conn, err := m.dialMember(ctx, from)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	res, err := memberv1.NewMemberClient(conn).Keyring(ctx, &memberv1.KeyringRequest{})
+	res, err := memberv1.NewMemberClient(conn).Keyring(ctx, &memberv1.KeyringRequest{}, grpc.MaxCallRecvMsgSize(maxKeyring))
 	if err != nil {
 		return nil, api.FromStatus(err)
 	}

@@ -291,20 +291,17 @@ func (a *admin) activeAuthority(cmd *cobra.Command, kind string) (string, error)
 
 // completeAuthorities names the authorities of the live cluster.
 func (a *admin) completeAuthorities(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	if len(args) > 0 {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
-	var out []string
-	a.timeout = 2 * time.Second
-	_ = a.call(cmd, func(ctx context.Context, c adminv1.AdminClient) error { // without a cluster there is nothing to complete
+	return a.complete(cmd, args, func(ctx context.Context, c adminv1.AdminClient) (out []string, err error) {
 		res, err := c.ListAuthorities(ctx, &adminv1.Empty{})
 		for _, x := range res.GetAuthorities() {
 			out = append(out, x.Id+"\t"+x.Kind+", "+x.State)
 		}
-		return err
+		return out, err
 	})
-	return out, cobra.ShellCompDirectiveNoFileComp
 }
+
+// watchPause is how long a watch waits before it connects again.
+const watchPause = time.Second
 
 // watchRotation shows how a rotation goes on until it has ended. The member that it asks may go: the rotation does not.
 func (a *admin) watchRotation(cmd *cobra.Command, kind string) error {
