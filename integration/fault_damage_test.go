@@ -129,7 +129,7 @@ func veteran(t *testing.T, ctx context.Context, kill bool) (data, served string)
 // either comes up and serves exactly what it served, or does not and names the file.
 func TestFaultDamage(t *testing.T) {
 	needRoot(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 12*time.Minute)
 	t.Cleanup(cancel)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)

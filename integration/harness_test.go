@@ -67,7 +67,7 @@ func newWorld(t *testing.T, members int, serverYAML string) *world {
 // newWorldOf is newWorld of the binaries in a folder.
 func newWorldOf(t *testing.T, bin string, members int, serverYAML string, edits ...func(*cluster.Cluster)) *world {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
 	t.Cleanup(cancel)
 	dir, err := os.MkdirTemp("", "cs-") // short: sockets live in it
 	if err != nil {

@@ -223,7 +223,7 @@ func remains(t *testing.T, ctx context.Context, kill bool) string {
 }
 
 func testContext(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -317,6 +317,7 @@ func TestStartOnFoldersThatAreNotRight(t *testing.T) {
 				p.notStarted(t, c.more, c.code, c.says...)
 				return
 			}
+			ctx := testContext(t) // its own: it may have waited long for its turn
 			p.start(t, ctx, c.more)
 			got := p.entries(t, ctx)
 			for i := range 3 {
