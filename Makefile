@@ -4,7 +4,7 @@ GO    ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-.PHONY: help demo test build race fuzz lint integration bench generate man clean
+.PHONY: help demo test build image race fuzz lint integration bench generate man clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,10 @@ TAGS ?=
 build: ## Both binaries, static, into bin/ (CGO_ENABLED=1 for PKCS#11; TAGS="aws gcp azure")
 	CGO_ENABLED=$(CGO_ENABLED) $(GO) build -trimpath -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
+PUSH ?=
+image: ## Container images for amd64 and arm64 with their bills of materials, into bin/image/ (PUSH=registry/repo pushes them)
+	cd deploy/image && $(GO) run . -root ../.. -out ../../bin/image -version $(VERSION) $(if $(PUSH),-push $(PUSH))
+
 race: ## The tests again, three times over
 	$(GO) test -race -count 3 -timeout 30m ./...
 
@@ -36,6 +40,7 @@ lint: ## Formatting, vet, staticcheck, tidy module files
 	$(GO) vet ./...
 	$(GO) vet -tags 'aws gcp azure' ./seal ./ca/... ./cmd/countersign
 	$(GO) vet -tags 'integration faults' ./integration/... ./cmd/countersign
+	cd deploy/image && $(GO) vet ./... && $(GO) mod tidy -diff
 	$(GO) run $(STATICCHECK) ./...
 	$(GO) mod tidy -diff
 
