@@ -44,7 +44,7 @@ lint: ## Formatting, vet, staticcheck, tidy module files
 	$(GO) run $(STATICCHECK) ./...
 	$(GO) mod tidy -diff
 
-integration: ## Real Kubernetes API server, mount namespaces, faults, clients not ours (root; installs what it needs)
+integration: ## A whole Kubernetes, mount namespaces, faults, clients not ours (root; installs what it needs)
 	./integration/run
 
 bench: ## Measure what docs/BENCHMARKS.md shows, and say what is short of its bar

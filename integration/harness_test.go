@@ -42,6 +42,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	bin = dir
+	defer closeNodes()
 	// A child built with the race detector would sleep a second at its end.
 	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -3,15 +3,20 @@
 //
 //	pod -cgroup DIR ... -root DIR -mount FROM:TO ... [-proc] -- PROGRAM ARGS
 //	pod connect SOCKET stay|exec|exit     (see caller.go)
+//	pod resolve NAME ...                  prints the addresses of each name in a line
+//	pod pause                             waits to be ended, as the container does that keeps a pod's namespaces
 package main
 
 import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -25,6 +30,12 @@ const user = 65532
 func main() {
 	var err error
 	switch arg(1) {
+	case "pause":
+		end := make(chan os.Signal, 1)
+		signal.Notify(end, syscall.SIGTERM, syscall.SIGINT)
+		<-end
+	case "resolve":
+		err = resolve(os.Args[2:])
 	case "connect":
 		err = connect(arg(2), arg(3))
 	case "call":
@@ -50,6 +61,18 @@ type list []string
 
 func (l *list) String() string     { return strings.Join(*l, " ") }
 func (l *list) Set(s string) error { *l = append(*l, s); return nil }
+
+func resolve(names []string) error {
+	for _, name := range names {
+		addrs, err := net.LookupHost(name)
+		if err != nil {
+			return err
+		}
+		slices.Sort(addrs)
+		fmt.Println(strings.Join(addrs, " "))
+	}
+	return nil
+}
 
 func enter(args []string) error {
 	var cgroups, mounts list

@@ -2,9 +2,11 @@
 // and the real kube-apiserver, in one process on loopback. It is a module of its own, so that none of Kubernetes' own
 // dependencies reach the product.
 //
-//	kubeapi -dir DIR -port 16443
+//	kubeapi -dir DIR -port 16443 [-node NAME] [-bind ADDRESS] [-address ADDRESS] [flag of the API server ...]
 //
-// It writes DIR/pki (admin.kubeconfig among it) and prints READY once the API server says so.
+// It writes DIR/pki (admin.kubeconfig among it), where there is none yet, and prints READY once the API server says so. With
+// -node it is the control plane of a node with that name: it has pairs for the kubelet, the controller manager and the
+// scheduler as well, and may call the kubelet.
 package main
 
 import (
@@ -30,35 +32,45 @@ import (
 
 func main() {
 	dir := flag.String("dir", "", "state folder")
-	port := flag.Int("port", 16443, "port on 127.0.0.1")
+	port := flag.Int("port", 16443, "port")
+	bind := flag.String("bind", "127.0.0.1", "address to listen on")
+	address := flag.String("address", "127.0.0.1", "address by which clients and the node reach it")
+	node := flag.String("node", "", "name of the node, if there is one")
 	issuer := flag.String("issuer", "https://kubernetes.default.svc.cluster.local", "issuer of service account tokens")
 	flag.Parse()
-	if err := run(*dir, *port, *issuer); err != nil {
+	if err := run(place{*dir, *bind, *address, *port, *node}, *issuer); err != nil {
 		fmt.Fprintln(os.Stderr, "kubeapi:", err)
 		os.Exit(1)
 	}
 }
 
-func run(dir string, port int, issuer string) error {
-	if !filepath.IsAbs(dir) {
-		return fmt.Errorf("-dir %q: want an absolute path", dir)
+// place is where the control plane is, and what it is of.
+type place struct {
+	dir, bind, address string
+	port               int
+	node               string
+}
+
+func (p place) server() string { return fmt.Sprintf("https://%s:%d", p.address, p.port) }
+
+func run(p place, issuer string) error {
+	if !filepath.IsAbs(p.dir) {
+		return fmt.Errorf("-dir %q: want an absolute path", p.dir)
 	}
-	server := fmt.Sprintf("https://127.0.0.1:%d", port)
-	pki := filepath.Join(dir, "pki")
-	if err := writePKI(pki, server); err != nil {
+	server, pki := p.server(), filepath.Join(p.dir, "pki")
+	if err := writePKI(pki, p); err != nil {
 		return fmt.Errorf("making the keys: %w", err)
 	}
-	etcd, client, err := startEtcd(dir)
+	etcd, client, err := startEtcd(p.dir)
 	if err != nil {
 		return fmt.Errorf("starting etcd: %w", err)
 	}
 	defer etcd.Close()
 	go waitReady(server, pki)
 	file := func(name string) string { return filepath.Join(pki, name) }
-	cmd := app.NewAPIServerCommand()
-	cmd.SetArgs(append([]string{
+	args := []string{
 		"--etcd-servers=" + client,
-		"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", port),
+		"--bind-address=" + p.bind, fmt.Sprintf("--secure-port=%d", p.port),
 		"--endpoint-reconciler-type=none",
 		"--tls-cert-file=" + file("apiserver.crt"), "--tls-private-key-file=" + file("apiserver.key"),
 		"--client-ca-file=" + file("ca.crt"),
@@ -69,7 +81,19 @@ func run(dir string, port int, issuer string) error {
 		"--authorization-mode=Node,RBAC",
 		"--service-cluster-ip-range=10.96.0.0/24",
 		"--cert-dir=" + pki,
-	}, flag.Args()...))
+	}
+	if p.node != "" {
+		args = append(args,
+			"--advertise-address="+p.address,
+			"--allow-privileged=true",
+			"--enable-admission-plugins=NodeRestriction",
+			"--kubelet-client-certificate="+file("admin.crt"), "--kubelet-client-key="+file("admin.key"),
+			"--kubelet-certificate-authority="+file("ca.crt"),
+			"--kubelet-preferred-address-types=InternalIP",
+		)
+	}
+	cmd := app.NewAPIServerCommand()
+	cmd.SetArgs(append(args, flag.Args()...))
 	if code := cli.Run(cmd); code != 0 {
 		return fmt.Errorf("the API server ended with %d", code)
 	}

@@ -17,8 +17,13 @@ import (
 	"time"
 )
 
-// writePKI makes a throw-away CA, the API server's and the administrator's pair, and the service account key.
-func writePKI(dir, server string) error {
+// writePKI makes a throw-away CA, the pairs of the API server, the administrator and the node's parts, and the service account
+// key; once, since a control plane that starts again is the same one.
+func writePKI(dir string, p place) error {
+	done := filepath.Join(dir, "sa.key")
+	if _, err := os.Stat(done); err == nil {
+		return nil
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
@@ -32,17 +37,27 @@ func writePKI(dir, server string) error {
 		return err
 	}
 	api := template("kube-apiserver")
-	api.DNSNames, api.IPAddresses = []string{"localhost", "kubernetes.default.svc"}, []net.IP{net.IPv4(127, 0, 0, 1)}
+	api.DNSNames = []string{"localhost", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"}
+	api.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1), net.ParseIP(p.address), net.IPv4(10, 96, 0, 1)} // the last: service "kubernetes"
 	api.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
-	admin := template("test-admin")
-	admin.Subject.Organization = []string{"system:masters"}
-	admin.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
-	for name, t := range map[string]*x509.Certificate{"apiserver": api, "admin": admin} {
+	pairs := map[string]*x509.Certificate{"apiserver": api, "admin": client("test-admin", "system:masters")}
+	if p.node != "" {
+		kubelet := client("system:node:"+p.node, "system:nodes")
+		kubelet.ExtKeyUsage = append(kubelet.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
+		kubelet.DNSNames, kubelet.IPAddresses = []string{p.node}, []net.IP{net.ParseIP(p.address)}
+		pairs["kubelet"] = kubelet
+		pairs["controller-manager"] = client("system:kube-controller-manager")
+		pairs["scheduler"] = client("system:kube-scheduler")
+	}
+	for name, t := range pairs {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
 			return err
 		}
 		if err := issue(dir, name, t, ca, key, caKey); err != nil {
+			return err
+		}
+		if err := writeKubeconfig(dir, name, p.server()); err != nil {
 			return err
 		}
 	}
@@ -57,17 +72,25 @@ func writePKI(dir, server string) error {
 	if err := writePEM(filepath.Join(dir, "sa.pub"), "PUBLIC KEY", pub); err != nil {
 		return err
 	}
-	if err := writeKey(filepath.Join(dir, "sa.key"), sa); err != nil {
-		return err
-	}
+	return writeKey(done, sa)
+}
+
+func writeKubeconfig(dir, name, server string) error {
 	file := func(name string) string { return filepath.Join(dir, name) }
-	return os.WriteFile(file("admin.kubeconfig"), fmt.Appendf(nil, `apiVersion: v1
+	return os.WriteFile(file(name+".kubeconfig"), fmt.Appendf(nil, `apiVersion: v1
 kind: Config
 current-context: test
-contexts: [{name: test, context: {cluster: test, user: admin}}]
-clusters: [{name: test, cluster: {server: %q, certificate-authority: %q}}]
-users: [{name: admin, user: {client-certificate: %q, client-key: %q}}]
-`, server, file("ca.crt"), file("admin.crt"), file("admin.key")), 0o600)
+contexts: [{name: test, context: {cluster: test, user: %[1]s}}]
+clusters: [{name: test, cluster: {server: %[2]q, certificate-authority: %[3]q}}]
+users: [{name: %[1]s, user: {client-certificate: %[4]q, client-key: %[5]q}}]
+`, name, server, file("ca.crt"), file(name+".crt"), file(name+".key")), 0o600)
+}
+
+// client is of one that the API server knows by these names.
+func client(user string, groups ...string) *x509.Certificate {
+	t := template(user)
+	t.Subject.Organization, t.ExtKeyUsage = groups, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	return t
 }
 
 func template(cn string) *x509.Certificate {
