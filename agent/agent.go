@@ -54,7 +54,7 @@ const (
 	maxJWTs           = 4096                   // cached answers
 )
 
-// Config is what an agent needs. Servers, Credential and one of Pin and Bundle are mandatory.
+// Config is what an agent needs. Servers, Credential and one of Pin, Bundle and Roots are mandatory.
 type Config struct {
 	// TrustDomain: zero takes that of the first member that Pin or Bundle vouches for.
 	TrustDomain spiffeid.TrustDomain
@@ -64,6 +64,9 @@ type Config struct {
 	// Pin is sha256:HEX of the root's SubjectPublicKeyInfo: what verifies a member at first contact. Bundle does so too.
 	Pin    string
 	Bundle *identity.Bundle
+	// Roots reads the trust domain's X.509 authorities (DER) from where they are published to this node, anew at each first contact,
+	// beside Pin and Bundle; nil: nothing is published.
+	Roots func() ([][]byte, error)
 	// StateDir keeps live SVIDs and their keys over a restart. It must be on a tmpfs, and nobody else's; empty: none.
 	StateDir string
 	KeyType  KeyType // of workloads' keys; empty: KeyP256
@@ -150,7 +153,7 @@ func New(cfg Config) (*Agent, error) {
 
 // firstTrust checks what verifies members at first contact.
 func (a *Agent) firstTrust() error {
-	if a.cfg.Pin == "" && a.cfg.Bundle == nil {
+	if a.cfg.Pin == "" && a.cfg.Bundle == nil && a.cfg.Roots == nil {
 		return fmt.Errorf("%w: nothing to verify members by: give a CA pin or a bundle", identity.ErrInvalid)
 	}
 	if a.cfg.Pin != "" {

@@ -15,14 +15,15 @@ import (
 	"countersign.io/countersign/identity"
 )
 
-// DirectConfig is for a workload that has no agent beside it and asks a member itself. Servers, Token and one of Pin and
-// Bundle are mandatory.
+// DirectConfig is for a workload that has no agent beside it and asks a member itself. Servers, Token and one of Pin, Bundle and
+// Roots are mandatory.
 type DirectConfig struct {
 	TrustDomain spiffeid.TrustDomain // zero: that of the member that Pin or Bundle vouches for
 	Servers     []string             // host:port
 	Pin         string               // sha256:HEX of the root's SubjectPublicKeyInfo
 	Bundle      *identity.Bundle
-	Token       []byte // the pod's own service account token, bound to the cluster's audience
+	Roots       func() ([][]byte, error) // as in Config
+	Token       []byte                   // the pod's own service account token, bound to the cluster's audience
 	KeyType     KeyType
 	Log         *slog.Logger
 	Dial        func(ctx context.Context, address string) (net.Conn, error) // nil: TCP
@@ -126,7 +127,7 @@ func direct(ctx context.Context, cfg DirectConfig, ask question) error {
 	}
 	// An agent that is never run has all the rest: the checks of the configuration, the dialling, what verifies a member.
 	a, err := New(Config{
-		TrustDomain: cfg.TrustDomain, Servers: cfg.Servers, Pin: cfg.Pin, Bundle: cfg.Bundle, KeyType: cfg.KeyType,
+		TrustDomain: cfg.TrustDomain, Servers: cfg.Servers, Pin: cfg.Pin, Bundle: cfg.Bundle, Roots: cfg.Roots, KeyType: cfg.KeyType,
 		Credential: KubeToken("", nil), Log: cfg.Log, Dial: cfg.Dial,
 	})
 	if err != nil {

@@ -141,7 +141,7 @@ func (a *Agent) attestAt(ctx context.Context, addr string, key keyPair) error {
 
 // firstContact is what verifies a member while the agent shows no SVID.
 func (a *Agent) firstContact() contact {
-	return contact{td: a.trustDomain(), trust: a.trust.Load(), pin: a.cfg.Pin}
+	return contact{td: a.trustDomain(), trust: a.trust.Load(), pin: a.cfg.Pin, roots: a.cfg.Roots}
 }
 
 // trustDomain is the configured one, or the one learnt; zero before that.

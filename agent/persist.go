@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"runtime"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -94,19 +95,37 @@ func (a *Agent) restore(now time.Time) {
 // anchor names what the operator configured to verify members by. As long as that stays the same, the newest bundle counts
 // and not it: the authority it names may have been rotated out long since.
 func (a *Agent) anchor() string {
-	if a.cfg.Bundle == nil {
+	ders := a.published()
+	if a.cfg.Bundle != nil {
+		ders = append(ders, a.cfg.Bundle.X509...)
+	} else if a.cfg.Roots == nil {
 		return a.cfg.Pin
 	}
 	h := sha256.New()
-	for _, der := range a.cfg.Bundle.X509 {
+	for _, der := range ders {
 		fmt.Fprintf(h, "%d:%s", len(der), der)
 	}
 	return a.cfg.Pin + " " + hex.EncodeToString(h.Sum(nil))
 }
 
+// published are the authorities that Roots reads now; nil where that fails: nothing is believed by it then.
+func (a *Agent) published() [][]byte {
+	if a.cfg.Roots == nil {
+		return nil
+	}
+	ders, err := a.cfg.Roots()
+	if err != nil {
+		return nil
+	}
+	return slices.Clone(ders)
+}
+
 // vouched reports whether what is configured now vouches for a bundle.
 func (a *Agent) vouched(t *trust) bool {
 	if a.cfg.Bundle != nil && sharesAuthority(a.cfg.Bundle, t.own) {
+		return true
+	}
+	if sharesAuthority(&identity.Bundle{X509: a.published()}, t.own) {
 		return true
 	}
 	certs, err := parseChain(t.own.X509)

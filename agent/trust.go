@@ -251,9 +251,10 @@ func poolOf(certs []*x509.Certificate) *x509.CertPool {
 // contact is what a member is verified by. At first contact that may be the pin; later it is the newest bundle alone, since
 // a pin cannot be revoked.
 type contact struct {
-	td    spiffeid.TrustDomain // zero: any
-	trust *trust               // nil: none yet
-	pin   string               // empty: not to be used
+	td    spiffeid.TrustDomain     // zero: any
+	trust *trust                   // nil: none yet
+	pin   string                   // empty: not to be used
+	roots func() ([][]byte, error) // nil: none are published
 }
 
 // verify takes the chain that a member presented, leaf first, and says which member it is.
@@ -288,7 +289,33 @@ func (c contact) verify(certs []*x509.Certificate, now time.Time) (spiffeid.ID, 
 			return id, nil
 		}
 	}
+	if c.roots != nil {
+		if opts.Roots, err = publishedRoots(c.roots); err != nil {
+			return none, err
+		}
+		if _, why = certs[0].Verify(opts); why == nil {
+			return id, nil
+		}
+	}
 	return none, fmt.Errorf("%w: the server %s: %v", identity.ErrUnauthenticated, id, why)
+}
+
+// publishedRoots are the authorities that are published now.
+func publishedRoots(read func() ([][]byte, error)) (*x509.CertPool, error) {
+	ders, err := read()
+	if err != nil {
+		return nil, fmt.Errorf("reading the published bundle: %w", err)
+	}
+	certs, err := parseChain(ders)
+	if err != nil || len(certs) == 0 {
+		return nil, fmt.Errorf("%w: the published bundle has no X.509 authority, or one that cannot be read (%v)", identity.ErrInvalid, err)
+	}
+	for _, c := range certs {
+		if !c.IsCA {
+			return nil, fmt.Errorf("%w: the published bundle has a certificate that is no authority (%s)", identity.ErrInvalid, c.Subject)
+		}
+	}
+	return poolOf(certs), nil
 }
 
 // pinnedRoot are the CA certificates among those presented that the pin vouches for: see node.PinnedRoots.

@@ -8,6 +8,8 @@ type Agent struct {
 	TrustDomain string   `yaml:"trust_domain"` // needed, but with a join token
 	Servers     []string `yaml:"servers"`      // host:port of members, one at least; the others are learnt. A join token brings its own
 	CAPin       string   `yaml:"ca_pin"`       // sha256:HEX of the CA's public key, from "countersign bundle show". A join token brings its own
+	// instead of ca_pin: a file with the trust domain's X.509 authorities (PEM) or its bundle (SPIFFE JSON), read again at each first contact
+	BundleFile string `yaml:"bundle_file"`
 
 	Attest   AgentAttest   `yaml:"attest"`
 	Socket   string        `yaml:"socket"`    // the Workload API
@@ -83,8 +85,15 @@ func (c *Agent) Check() error {
 	for _, s := range c.Servers {
 		f.address("servers", s)
 	}
-	if !join && c.CAPin == "" {
-		f.add("ca_pin is missing: countersign bundle show prints it")
+	switch {
+	case !join && c.CAPin == "" && c.BundleFile == "":
+		f.add("ca_pin is missing: countersign bundle show prints it; or name a file with the bundle (bundle_file)")
+	case c.BundleFile != "" && c.CAPin != "":
+		f.add("ca_pin and bundle_file: leave one of the two out")
+	case c.BundleFile != "" && join:
+		f.add("bundle_file: the join token has the CA pin: leave bundle_file out")
+	case c.BundleFile != "":
+		f.absolute("bundle_file", c.BundleFile)
 	}
 	f.absolute("socket", c.Socket)
 	if c.StateDir != "none" {

@@ -216,7 +216,7 @@ func document(t *testing.T) string {
 		}
 		return true
 	}
-	for _, name := range []string{"config.go", "server.go", "public.go", "oidc.go", "agent.go"} {
+	for _, name := range []string{"config.go", "server.go", "kubernetes.go", "public.go", "oidc.go", "agent.go"} {
 		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments)
 		if err != nil {
 			t.Fatal(err)

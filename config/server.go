@@ -33,6 +33,7 @@ type Server struct {
 	Seal          Seal          `yaml:"seal"`
 	Admin         Admins        `yaml:"admin"`
 	Cluster       Cluster       `yaml:"cluster"`
+	Kubernetes    Kubernetes    `yaml:"kubernetes"`
 	Audit         Audit         `yaml:"audit"`
 	Backup        Backup        `yaml:"backup"`
 	X509Pop       X509Pop       `yaml:"x509pop"`
@@ -188,6 +189,8 @@ func (c *Server) complete() {
 	def(&c.Name, strings.ToLower(host))
 	def(&c.DataDir, DefaultDataDir)
 	def(&c.Listen, "0.0.0.0:"+DefaultPort)
+	c.Kubernetes.complete()
+	def(&c.Advertise, c.Kubernetes.advertised(c.Name, c.Listen))
 	if c.Advertise == "" {
 		if h, p, err := net.SplitHostPort(c.Listen); err == nil {
 			if ip := net.ParseIP(h); h == "" || ip != nil && ip.IsUnspecified() {
@@ -284,6 +287,7 @@ func (c *Server) Check() error {
 	if d := c.Cluster.RemoveDeadAfter; d > 0 && d < time.Minute {
 		f.add("cluster.remove_dead_after is %v: it must be at least 1m, or -1s for never", d)
 	}
+	c.Kubernetes.check(&f, c.Name, c.JoinTokenFile)
 	c.Audit.check(&f)
 	if c.Backup.Dir != "" {
 		f.absolute("backup.dir", c.Backup.Dir)

@@ -411,16 +411,11 @@ const (
 // question to an API server, and how many it may be asked is shared with the agents.
 func (s *Server) verify(ctx context.Context, who kind, token []byte) (*kube.Claims, error) {
 	if who != agent {
-		limit := time.NewTimer(turnWait)
-		defer limit.Stop()
-		select {
-		case s.turns <- struct{}{}:
-			defer func() { <-s.turns }()
-		case <-limit.C:
-			return nil, fmt.Errorf("%w: too many tokens of callers without a certificate are being verified: try again, or another member", identity.ErrUnavailable)
-		case <-ctx.Done():
-			return nil, ctx.Err()
+		release, err := s.turn(ctx)
+		if err != nil {
+			return nil, err
 		}
+		defer release()
 	}
 	claims, err := s.cfg.Pods.Verify(ctx, token)
 	if err != nil && !s.verifierCurrent() {
@@ -430,6 +425,20 @@ func (s *Server) verify(ctx context.Context, who kind, token []byte) (*kube.Clai
 		err = &withheld{err, "verifying the service account token: " + kube.Reason(err)}
 	}
 	return claims, err
+}
+
+// turn waits for the turn of one who has proved nothing; release ends it.
+func (s *Server) turn(ctx context.Context) (release func(), err error) {
+	limit := time.NewTimer(turnWait)
+	defer limit.Stop()
+	select {
+	case s.turns <- struct{}{}:
+		return func() { <-s.turns }, nil
+	case <-limit.C:
+		return nil, fmt.Errorf("%w: too many tokens of callers without a certificate are being verified: try again, or another member", identity.ErrUnavailable)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // sameNode keeps a token from being used anywhere but on the node that its pod runs on: promise 1.

@@ -31,6 +31,9 @@ func (s *Server) RunLeader(ctx context.Context) error {
 	if s.cfg.Federation.on() {
 		wg.Go(func() { s.leadFederation(ctx) })
 	}
+	if s.cfg.Home.API != nil {
+		wg.Go(func() { s.leadHome(ctx) })
+	}
 	wg.Go(func() { _ = s.runUpstream(ctx) }) // it has no errors of its own
 	wg.Go(func() { s.leadRotations(ctx) })
 	for wait := retryFirst; ; wait = min(2*wait, retryMost) {

@@ -28,6 +28,9 @@ func (s *Server) Ready() error {
 	if err := s.cfg.Audit.Ready(); err != nil {
 		return err
 	}
+	if err := s.unclaimed(); err != nil {
+		return err
+	}
 	if stale := s.cfg.Cluster.Staleness(); stale > s.cfg.MaxStaleness {
 		since := "since it started"
 		if stale < 365*24*time.Hour {

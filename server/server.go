@@ -107,6 +107,8 @@ type Config struct {
 	// RootSettle is how long a new root must have been in the bundle before anything is signed below it; 0: twice the bundle's
 	// refresh hint.
 	RootSettle time.Duration
+	// Home is the kube cluster that the members live in; zero: none.
+	Home Home
 	// Federation is with other trust domains; zero: none.
 	Federation Federation
 	// SealTerm tells the term that a sealed key was sealed under, for operators; nil: it is not told.
@@ -133,6 +135,7 @@ type Server struct {
 	requestCount     atomic.Uint64
 	stopping         chan struct{} // closed when the member stops
 	seal             sealTending
+	home             homeTending
 	orphanAfter      time.Duration // see settleTerm
 	backups          chan struct{} // a place for each that is being made
 	backupStall      time.Duration
@@ -254,7 +257,7 @@ func (c *Config) check() error {
 	need(c.Seal != nil && c.Open != nil && c.Keyring != nil && c.Keep != nil, "Seal, Open, Keyring or Keep")
 	need(c.Audit != nil, "Audit")
 	need(c.Log != nil, "Log")
-	errs = append(errs, c.Sealing.check(), c.checkAdmins(), c.Federation.check())
+	errs = append(errs, c.Sealing.check(), c.checkAdmins(), c.Federation.check(), c.Home.check())
 	return errors.Join(errs...)
 }
 

@@ -139,6 +139,24 @@ func PinnedTLS(pin string, td spiffeid.TrustDomain) (*tls.Config, error) {
 	}, nil
 }
 
+// RootsTLS is for a newcomer's first contact where it has the trust domain's roots from somebody it believes: it accepts a member whose
+// chain leads to one of them.
+func RootsTLS(roots []*x509.Certificate, td spiffeid.TrustDomain) *tls.Config {
+	source := x509bundle.FromX509Authorities(td, roots)
+	return &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		NextProtos:         []string{alpnGRPC},
+		InsecureSkipVerify: true, // SVIDs have no host names: VerifyPeerCertificate verifies
+		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
+			id, _, err := x509svid.ParseAndVerify(raw, source)
+			if err != nil {
+				return fmt.Errorf("%w: it is not of this cluster, or the roots are older than its last rotation", err)
+			}
+			return checkMember(id, "")
+		},
+	}
+}
+
 func verifyPinned(raw [][]byte, pin string, td spiffeid.TrustDomain) error {
 	if len(raw) == 0 {
 		return errors.New("the server shows no certificate")

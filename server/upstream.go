@@ -123,6 +123,7 @@ func (s *Server) Degraded() []string {
 		}
 	}
 	out = append(out, s.waitsLong()...)
+	out = append(out, s.home.say()...)
 	if s.cfg.Degraded != nil {
 		out = append(out, s.cfg.Degraded()...)
 	}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -48,6 +49,8 @@ type dataDir struct {
 	keyring *seal.Keyring
 	keys    *sealKeys // keyring, and how it is kept
 	lock    io.Closer
+	// claimed is set once no other cluster can have been begun in this one's place, see memberFile.Unclaimed.
+	claimed atomic.Bool
 }
 
 // memberFile is member.json.
@@ -56,13 +59,15 @@ type memberFile struct {
 	TrustDomain string `json:"trust_domain"`
 	Name        string `json:"name"`
 	Bootstrap   bool   `json:"bootstrap"` // this member began the cluster
+	// As a pod of a StatefulSet, and does not know yet that no other was begun in its place, so it has served nobody.
+	Unclaimed bool `json:"unclaimed,omitempty"`
 }
 
 const maxStateFile = 4 << 20
 
-// openDataDir opens a member's folder, or makes it: by joining a cluster if the configuration has a join token, else by
-// beginning one.
-func openDataDir(ctx context.Context, c *config.Server) (_ *dataDir, err error) {
+// openDataDir opens a member's folder, or makes it: as f finds out, if there is one; by joining a cluster if the configuration has a
+// join token; else by beginning one.
+func openDataDir(ctx context.Context, c *config.Server, f *former) (_ *dataDir, err error) {
 	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
 	if err != nil {
 		return nil, fmt.Errorf("%w: trust_domain: %v", identity.ErrInvalid, err)
@@ -86,7 +91,7 @@ func openDataDir(ctx context.Context, c *config.Server) (_ *dataDir, err error) 
 	raw, err := durable.ReadPrivateFile(d.file("member.json"), maxStateFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		err = d.begin(ctx, c, kek)
+		err = d.begin(ctx, c, f, kek)
 	case err == nil:
 		err = d.check(raw, c)
 	}
@@ -96,6 +101,7 @@ func openDataDir(ctx context.Context, c *config.Server) (_ *dataDir, err error) 
 	if err := d.openKeyring(ctx, kek, old); err != nil {
 		return nil, err
 	}
+	d.claimed.Store(!d.member.Unclaimed)
 	return d, nil
 }
 
@@ -149,7 +155,7 @@ func exists(path string) bool {
 
 // begin makes the folder's content. Each file is whole or absent, and member.json comes last: after a crash on the way a
 // bootstrap starts over, and a join asks for a new token, its own being spent.
-func (d *dataDir) begin(ctx context.Context, c *config.Server, kek seal.KEK) error {
+func (d *dataDir) begin(ctx context.Context, c *config.Server, f *former, kek seal.KEK) error {
 	if _, err := os.Stat(d.file(restoringFile)); err == nil {
 		return fmt.Errorf("%w: a restore of a backup broke off in %s: run countersign backup restore again, or empty the folder", identity.ErrPrecondition, d.path)
 	}
@@ -167,9 +173,12 @@ func (d *dataDir) begin(ctx context.Context, c *config.Server, kek seal.KEK) err
 	d.member = memberFile{Version: 1, TrustDomain: c.TrustDomain, Name: c.Name, Bootstrap: c.JoinTokenFile == ""}
 	var keyring *seal.Keyring
 	var err error
-	if d.member.Bootstrap {
+	switch {
+	case f != nil:
+		keyring, err = d.form(ctx, f)
+	case d.member.Bootstrap:
 		keyring, err = seal.NewKeyring()
-	} else {
+	default:
 		keyring, err = d.join(ctx, c)
 	}
 	if err != nil {
@@ -181,13 +190,30 @@ func (d *dataDir) begin(ctx context.Context, c *config.Server, kek seal.KEK) err
 	if err := d.saveIssued(map[string]time.Time{}); err != nil { // it has signed nothing, and knows it
 		return err
 	}
-	raw, err := json.Marshal(d.member)
+	return d.saveMember(d.member)
+}
+
+func (d *dataDir) saveMember(f memberFile) error {
+	raw, err := json.Marshal(f)
 	if err != nil {
 		return fmt.Errorf("encoding member.json: %w", err)
 	}
 	if err := durable.WriteFile(d.file("member.json"), raw, 0o600); err != nil {
 		return fmt.Errorf("saving member.json: %w", err)
 	}
+	return nil
+}
+
+func (d *dataDir) isUnclaimed() bool { return !d.claimed.Load() }
+
+// claim notes that this is the cluster. A crash before it is one before it was known: it is found out again.
+func (d *dataDir) claim() error {
+	f := d.member
+	f.Unclaimed = false
+	if err := d.saveMember(f); err != nil {
+		return err
+	}
+	d.claimed.Store(true)
 	return nil
 }
 

@@ -22,7 +22,7 @@ func serverConfig(dir string) *config.Server {
 
 func openClose(t *testing.T, c *config.Server) error {
 	t.Helper()
-	d, err := openDataDir(context.Background(), c)
+	d, err := openDataDir(context.Background(), c, nil)
 	if err != nil {
 		return err
 	}
@@ -70,7 +70,7 @@ func TestDataDirIncomplete(t *testing.T) {
 
 func TestDataDirLocked(t *testing.T) {
 	c := serverConfig(t.TempDir())
-	d, err := openDataDir(context.Background(), c)
+	d, err := openDataDir(context.Background(), c, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +95,7 @@ func TestDataDirLocked(t *testing.T) {
 
 func TestAuthoritiesFile(t *testing.T) {
 	c := serverConfig(t.TempDir())
-	d, err := openDataDir(context.Background(), c)
+	d, err := openDataDir(context.Background(), c, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -66,6 +66,8 @@ type member struct {
 	td      spiffeid.TrustDomain
 	tcp     net.Listener
 	health  net.Listener
+	home    *kube.Home // nil: none is configured
+	rival   chan error // another cluster was begun in this one's place
 	data    *dataDir
 	cached  *identity.Bundle // of the last run, until the state knows better
 	store   *store.Store
@@ -86,6 +88,7 @@ type member struct {
 	started  time.Time
 	popRoots *x509.CertPool
 	serving  atomic.Pointer[server.Server] // set once there is one: health is asked for before
+	forming  atomic.Pointer[former]        // while it looks for its cluster
 }
 
 // runMember runs a member until ctx ends. ready, if not nil, is called once it can issue.
@@ -94,7 +97,7 @@ func runMember(ctx context.Context, c *config.Server, log *slog.Logger, ready fu
 }
 
 func newMember(c *config.Server, log *slog.Logger) *member {
-	return &member{c: c, log: log, hooks: newHooks(), started: time.Now()}
+	return &member{c: c, log: log, hooks: newHooks(), started: time.Now(), rival: make(chan error, 1)}
 }
 
 func (m *member) serve(ctx context.Context, ready func()) (err error) {
@@ -134,6 +137,14 @@ func (m *member) serve(ctx context.Context, ready func()) (err error) {
 		})
 		return nil
 	})
+	g.Go(func() error {
+		select {
+		case err := <-m.rival:
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	if m.backups != nil {
 		g.Go(func() error { return m.backups.Run(ctx) })
 	}
@@ -160,6 +171,11 @@ func (m *member) run(ctx context.Context, f func(context.Context) error) {
 func (m *member) ready() error {
 	if s := m.serving.Load(); s != nil {
 		return s.Ready()
+	}
+	if why := m.forming.Load(); why != nil {
+		if text := (*why).why.Load(); text != nil {
+			return fmt.Errorf("%w: this member is looking for its cluster: %s", identity.ErrUnavailable, *text)
+		}
 	}
 	return fmt.Errorf("%w: this member is starting", identity.ErrUnavailable)
 }
@@ -196,9 +212,20 @@ func (m *member) listen() error {
 func (m *member) open(ctx context.Context) error {
 	c := m.c
 	var err error
-	if m.data, err = openDataDir(ctx, c); err != nil {
+	if m.home, err = m.newHome(); err != nil {
 		return err
 	}
+	var f *former
+	if c.Kubernetes.Forms() {
+		if f, err = newFormer(c, m.home, m.log); err != nil {
+			return err
+		}
+		m.forming.Store(f)
+	}
+	if m.data, err = openDataDir(ctx, c, f); err != nil {
+		return err
+	}
+	m.forming.Store(nil)
 	m.closers = append(m.closers, m.data)
 	m.td = m.data.td
 	if m.store, err = store.Open(store.Config{Dir: m.data.file("state"), TrustDomain: m.td, Log: m.log}); err != nil {
@@ -304,7 +331,7 @@ func (m *member) replicate(ctx context.Context) error {
 		Upstream: up, Outside: m.store, Authorities: w, SealTerm: seal.TermOf,
 		IssuedUntil: m.issuedUntil(), KeepIssued: m.data.saveIssued,
 		Rotating: m.rotating(w), Reports: m.askReport, NewX509Key: m.newX509Key(), PublishAhead: m.publishAhead,
-		Federation: fed, Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
+		Home: m.homeConfig(), Federation: fed, Sealing: m.sealing(w), X509Key: m.x509Key(), Backup: m.saveBackup, Degraded: m.degraded,
 		MaxStaleness: c.MaxStaleness, X509TTL: c.X509TTL, JWTTTL: c.JWTTTL, AuthorityTTL: c.CA.TTL, JWTAlgorithm: c.CA.JWTAlgorithm,
 		X509PopRoots: m.popRoots, X509PopKubeCluster: c.X509Pop.KubeCluster,
 		Audit: m.audit, Now: m.hooks.now, Log: m.log,

@@ -154,7 +154,7 @@ func TestOpenKEKs(t *testing.T) {
 	}
 	file := func(name string) string { return "file:" + filepath.Join(dir, name) }
 	open := func(c *config.Server) error {
-		d, err := openDataDir(ctx, c)
+		d, err := openDataDir(ctx, c, nil)
 		if err != nil {
 			return err
 		}

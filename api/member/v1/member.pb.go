@@ -210,11 +210,12 @@ func (x *KeyringResponse) GetKeyring() []byte {
 
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Secret        string                 `protobuf:"bytes,1,opt,name=secret,proto3" json:"secret,omitempty"`
+	Secret        string                 `protobuf:"bytes,1,opt,name=secret,proto3" json:"secret,omitempty"`   // of a join token; or pod_token
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`           // the new member's name, a path segment
 	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"` // host:port by which the others reach it
 	Version       string                 `protobuf:"bytes,4,opt,name=version,proto3" json:"version,omitempty"`
-	Level         uint32                 `protobuf:"varint,5,opt,name=level,proto3" json:"level,omitempty"` // the highest that the version knows; 0 is 1
+	Level         uint32                 `protobuf:"varint,5,opt,name=level,proto3" json:"level,omitempty"`                      // the highest that the version knows; 0 is 1
+	PodToken      string                 `protobuf:"bytes,6,opt,name=pod_token,json=podToken,proto3" json:"pod_token,omitempty"` // the service account token of the new member's own pod, for the audience countersign-member
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -282,6 +283,13 @@ func (x *JoinRequest) GetLevel() uint32 {
 		return x.Level
 	}
 	return 0
+}
+
+func (x *JoinRequest) GetPodToken() string {
+	if x != nil {
+		return x.PodToken
+	}
+	return ""
 }
 
 type JoinResponse struct {
@@ -623,13 +631,14 @@ const file_api_member_v1_member_proto_rawDesc = "" +
 	"\x05until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x10\n" +
 	"\x0eKeyringRequest\"+\n" +
 	"\x0fKeyringResponse\x12\x18\n" +
-	"\akeyring\x18\x01 \x01(\fR\akeyring\"\x7f\n" +
+	"\akeyring\x18\x01 \x01(\fR\akeyring\"\x9c\x01\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06secret\x18\x01 \x01(\tR\x06secret\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x18\n" +
 	"\aversion\x18\x04 \x01(\tR\aversion\x12\x14\n" +
-	"\x05level\x18\x05 \x01(\rR\x05level\"\xa4\x01\n" +
+	"\x05level\x18\x05 \x01(\rR\x05level\x12\x1b\n" +
+	"\tpod_token\x18\x06 \x01(\tR\bpodToken\"\xa4\x01\n" +
 	"\fJoinResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\akeyring\x18\x02 \x01(\fR\akeyring\x12 \n" +

@@ -30,8 +30,8 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 type MemberClient interface {
-	// Join spends a one-time server token and admits the caller. The client shows no certificate; it has pinned
-	// the CA by the token.
+	// Join spends a one-time server token, or takes a pod's own, and admits the caller. The client shows no certificate; it has
+	// pinned the CA by the token, or knows its roots.
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
 	// Keyring returns the data keys that this member has, to a member of the cluster only.
 	Keyring(ctx context.Context, in *KeyringRequest, opts ...grpc.CallOption) (*KeyringResponse, error)
@@ -91,8 +91,8 @@ type Member_ReportClient = grpc.ServerStreamingClient[ReportResponse]
 // All implementations must embed UnimplementedMemberServer
 // for forward compatibility.
 type MemberServer interface {
-	// Join spends a one-time server token and admits the caller. The client shows no certificate; it has pinned
-	// the CA by the token.
+	// Join spends a one-time server token, or takes a pod's own, and admits the caller. The client shows no certificate; it has
+	// pinned the CA by the token, or knows its roots.
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
 	// Keyring returns the data keys that this member has, to a member of the cluster only.
 	Keyring(context.Context, *KeyringRequest) (*KeyringResponse, error)

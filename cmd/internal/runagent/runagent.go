@@ -83,6 +83,12 @@ func agentConfig(c *config.Agent, o Options) (agent.Config, error) {
 		}
 		conf.TrustDomain = td
 	}
+	if path := c.BundleFile; path != "" {
+		conf.Roots = func() ([][]byte, error) { return cli.ReadBundle(path) }
+		if _, err := conf.Roots(); err != nil {
+			return conf, fmt.Errorf("reading bundle_file: %w", err)
+		}
+	}
 	switch {
 	case c.Attest.JoinTokenFile != "":
 		return conf, joinToken(&conf, c)

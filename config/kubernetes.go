@@ -1,0 +1,102 @@
+package config
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+)
+
+// namespaceFile is where the kubelet tells a pod its namespace, beside the token for the API server.
+const namespaceFile = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+
+// DefaultJoinTokenPath is where a member's pod finds the token by which it joins.
+const DefaultJoinTokenPath = "/var/run/secrets/countersign.io/join/token"
+
+// Kubernetes is the kube cluster that the members live in. It must be the same on every member.
+type Kubernetes struct {
+	Cluster    string `yaml:"cluster"`    // turns it on: the name under which the leader registers this kube cluster, if it is not yet
+	Kubeconfig string `yaml:"kubeconfig"` // in-cluster, or a path
+	Namespace  string `yaml:"namespace"`  // of the members; default: the pod's own
+	// the members are the pods of this StatefulSet, and form the cluster by themselves (docs/KUBERNETES.md says whom that trusts); empty: they do not
+	StatefulSet   string   `yaml:"stateful_set"`
+	JoinTokenPath string   `yaml:"join_token_path"` // of the pod's token by which it joins, for audience countersign-member
+	AgentAccounts []string `yaml:"agent_accounts"`  // service accounts whose pods may be node agents, namespace/name; for a cluster that the leader registers
+	DefaultID     string   `yaml:"default_id"`      // of its pods, as in countersign kube add --default-id; for a cluster that the leader registers
+}
+
+// Forms reports whether the members form the cluster by themselves.
+func (k *Kubernetes) Forms() bool { return k.StatefulSet != "" }
+
+// PodHost is the DNS name by which the others reach a pod of the StatefulSet.
+func (k *Kubernetes) PodHost(pod string) string {
+	return pod + "." + k.StatefulSet + "-members." + k.Namespace + ".svc"
+}
+
+func (k *Kubernetes) complete() {
+	if k.Cluster == "" {
+		return
+	}
+	def(&k.Kubeconfig, "in-cluster")
+	def(&k.JoinTokenPath, DefaultJoinTokenPath)
+	if k.Namespace == "" {
+		if raw, err := os.ReadFile(namespaceFile); err == nil && len(raw) <= 64 {
+			k.Namespace = strings.TrimSpace(string(raw))
+		}
+	}
+}
+
+// advertised is the address of the pod of that name: the DNS name that it keeps when its address changes.
+func (k *Kubernetes) advertised(pod, listen string) string {
+	_, port, err := net.SplitHostPort(listen)
+	if err != nil || !k.Forms() || k.Namespace == "" {
+		return ""
+	}
+	return net.JoinHostPort(k.PodHost(pod), port)
+}
+
+var (
+	clusterName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$`) // as identity.CheckKubeCluster wants it
+	kubeName    = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+	kubeAccount = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)
+	ordinal     = regexp.MustCompile(`^(0|[1-9][0-9]{0,3})$`)
+)
+
+func (k *Kubernetes) check(f *faults, name, joinTokenFile string) {
+	if k.Cluster == "" {
+		if k.StatefulSet != "" || k.Kubeconfig != "" || k.Namespace != "" || k.JoinTokenPath != "" || len(k.AgentAccounts) > 0 || k.DefaultID != "" {
+			f.add("kubernetes.cluster is missing: the name under which the kube cluster is registered turns the others on")
+		}
+		return
+	}
+	if !clusterName.MatchString(k.Cluster) {
+		f.add("kubernetes.cluster %q: want lower-case letters, digits, - and .", k.Cluster)
+	}
+	if k.Kubeconfig != "in-cluster" && !filepath.IsAbs(k.Kubeconfig) {
+		f.add("kubernetes.kubeconfig %q: want in-cluster or an absolute path", k.Kubeconfig)
+	}
+	for _, a := range k.AgentAccounts {
+		if !kubeAccount.MatchString(a) {
+			f.add("kubernetes.agent_accounts: %q: want namespace/name", a)
+		}
+	}
+	if !k.Forms() {
+		return
+	}
+	switch {
+	case k.Namespace == "":
+		f.add("kubernetes.namespace is missing, and there is no %s to take it from: name the members' namespace", namespaceFile)
+	case !kubeName.MatchString(k.Namespace):
+		f.add("kubernetes.namespace %q does not have the form of one", k.Namespace)
+	}
+	if !kubeName.MatchString(k.StatefulSet) {
+		f.add("kubernetes.stateful_set %q does not have the form of one", k.StatefulSet)
+	} else if n, ok := strings.CutPrefix(name, k.StatefulSet+"-"); !ok || !ordinal.MatchString(n) {
+		f.add("name %q: with kubernetes.stateful_set it is the pod's: %s-0 and so on; leave name out in the pod", name, k.StatefulSet)
+	}
+	f.absolute("kubernetes.join_token_path", k.JoinTokenPath)
+	if joinTokenFile != "" {
+		f.add("join_token_file: with kubernetes.stateful_set the members join by their pods' tokens: leave one of the two out")
+	}
+}
