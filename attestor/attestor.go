@@ -80,7 +80,7 @@ type Attestor struct {
 // Workload is one attested caller.
 type Workload struct {
 	// Key is a stable name of what was attested, of 64 hex digits: two callers with the same pod, container
-	// and selectors have the same Key, in every run of the agent. It says nothing of tokens.
+	// and selectors have the same Key, in every run of the agent. It says nothing of tokens. Or that of a volume, see VolumeKey.
 	Key         string
 	PodUID      string // empty: a plain process
 	ContainerID string // may be empty

@@ -1,9 +1,6 @@
 package attestor
 
 import (
-	"bytes"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
@@ -108,41 +105,11 @@ func fileType(mode uint32) string {
 	return "special file"
 }
 
-// tokenPodUID gives the UID of the pod that a service account token (a compact JWS, RFC 7515 section 7.1)
-// says it is bound to. Nothing is verified: a member does that. It serves to refuse a token of another pod
-// before it leaves the node. No part of the token is in an error.
+// tokenPodUID gives the UID of the pod that a service account token says it is bound to, see ReadClaims.
 func tokenPodUID(token []byte) (string, error) {
-	bad := func(why string) (string, error) {
-		return "", fmt.Errorf("%w: the file at the token's path holds no service account token: %s", identity.ErrUnauthenticated, why)
-	}
-	if len(token) > identity.MaxTokenBytes {
-		return bad("too long")
-	}
-	_, rest, ok := bytes.Cut(token, []byte{'.'})
-	payload, signature, ok2 := bytes.Cut(rest, []byte{'.'})
-	if !ok || !ok2 || bytes.IndexByte(signature, '.') >= 0 {
-		return bad("want three parts with dots between")
-	}
-	for _, c := range token {
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_' || c == '.') {
-			return bad("a character that is not base64url")
-		}
-	}
-	claims := make([]byte, base64.RawURLEncoding.DecodedLen(len(payload)))
-	defer clear(claims)
-	n, err := base64.RawURLEncoding.Strict().Decode(claims, payload)
+	c, err := ReadClaims(token)
 	if err != nil {
-		return bad("the second part is not base64url")
+		return "", fmt.Errorf("the file at the token's path: %w", err)
 	}
-	// Maps and not structs: JSON names are matched exactly, as a member does.
-	var top, kube, pod map[string]json.RawMessage
-	var uid string
-	if json.Unmarshal(claims[:n], &top) != nil {
-		return bad("the claims are not a JSON object")
-	}
-	if json.Unmarshal(top["kubernetes.io"], &kube) != nil || json.Unmarshal(kube["pod"], &pod) != nil ||
-		json.Unmarshal(pod["uid"], &uid) != nil || uid == "" {
-		return bad("it is not bound to a pod")
-	}
-	return uid, nil
+	return c.PodUID, nil
 }
