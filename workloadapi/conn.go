@@ -62,6 +62,7 @@ func lastElement(group []byte) string {
 type listener struct {
 	*socket
 	server *Server
+	own    *Private // nil: the socket of all
 }
 
 func (l *listener) Addr() net.Addr { return l.socket.UnixListener.Addr() }
@@ -74,13 +75,9 @@ func (l *listener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		c := &conn{UnixConn: uc, server: l.server, closed: make(chan struct{})}
+		c := &conn{UnixConn: uc, server: l.server, own: l.own, closed: make(chan struct{})}
 		c.evidence.collecting = make(chan struct{}, 1)
-		who, err := l.server.identify(uc)
-		if err == nil {
-			err = l.server.admit.open(c, who)
-		}
-		if err != nil {
+		if err := l.admit(c); err != nil {
 			uc.Close()
 			continue
 		}
@@ -88,17 +85,30 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
+// admit counts the connection against its caller.
+func (l *listener) admit(c *conn) error {
+	if l.own != nil {
+		return l.own.open(c)
+	}
+	who, err := l.server.identify(c.UnixConn)
+	if err != nil {
+		return err
+	}
+	return l.server.admit.open(c, who)
+}
+
 // conn is one connection and what is known of its caller.
 type conn struct {
 	*net.UnixConn
 	server *Server
-	holder holder // guarded by admission.mu
+	own    *Private // whose socket it came to; nil: the socket of all
+	holder holder   // guarded by admission.mu
 
 	// debt is the work caused since the last Read. Owned by the goroutine that reads, which is the one that taps
 	// calls too.
 	debt int
 
-	peer     atomic.Pointer[attestor.Peer] // set when the caller is pinned
+	peer     atomic.Pointer[attestor.Peer] // set when the caller is pinned, which it is not on a private socket
 	spoken   atomic.Bool                   // the client's preface has come
 	evidence evidence
 
@@ -132,6 +142,15 @@ func tapCall(ctx context.Context, _ *tap.Info) (context.Context, error) {
 		c.debt += workOfCall
 	}
 	return ctx, nil
+}
+
+// unchanged reports an error unless the caller is the process that connected, and runs what it ran then. Whoever speaks on a private
+// socket's connection is its workload.
+func (c *conn) unchanged() error {
+	if c.own != nil {
+		return nil
+	}
+	return c.peer.Load().Unchanged()
 }
 
 // SetDeadline takes gRPC's word for the end of the handshake: it sets a deadline before and lifts it after.
@@ -172,6 +191,10 @@ func (peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Auth
 	if !ok {
 		return nil, nil, fmt.Errorf("%w: not a connection of the Workload API socket", identity.ErrInvalid)
 	}
+	info := authInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, c}
+	if c.own != nil { // the socket says who it is
+		return c, info, nil
+	}
 	p, err := attestor.PeerFromConn(c.UnixConn)
 	if err != nil {
 		c.server.log.Debug("a caller of the Workload API could not be pinned", "error", err)
@@ -184,7 +207,7 @@ func (peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Auth
 		return nil, nil, net.ErrClosed
 	default:
 	}
-	return c, authInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, c}, nil
+	return c, info, nil
 }
 
 func (peerCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {

@@ -24,6 +24,8 @@ type Quota struct {
 // groups could use up another's pod. Every caller also counts against its user, so that a user who can make control
 // groups without end gains little by it, and no user, root included, may have all there is.
 //
+// A private socket (see Private) is a caller by itself, and Total bounds all of them together, beside what the socket of all has.
+//
 // Zero fields mean DefaultLimits.
 type Limits struct {
 	Caller, User, Total Quota
@@ -53,6 +55,9 @@ const (
 	// A refusal is not cached as an identity is: it can cost a member a check of evidence, each time. A burst pays for 80
 	// of them, so that who asks before its identity is there does not notice.
 	workOfRefusal = 50 * workPerCall
+
+	// Of connections and of streams, what a private socket may have however much the others hold.
+	reserved = 8
 
 	filesPerConn = 3 // the socket and what an attestor.Peer holds
 )
@@ -114,13 +119,14 @@ type admission struct {
 
 	mu     sync.Mutex
 	total  share
+	owned  share             // by the private sockets together
 	shares map[string]*share // callers and users by key; see forget
 	sweep  int               // size of shares at which to forget idle ones
 	conns  map[*conn]struct{}
 }
 
 func newAdmission(l Limits, log *slog.Logger) *admission {
-	return &admission{limits: l, log: log, total: share{key: "all callers"}, told: rate.Sometimes{Interval: 10 * time.Second},
+	return &admission{limits: l, log: log, total: share{key: "all callers"}, owned: share{key: "all volumes"}, told: rate.Sometimes{Interval: 10 * time.Second},
 		shares: map[string]*share{}, sweep: 1024, conns: map[*conn]struct{}{}}
 }
 
@@ -128,6 +134,23 @@ func newAdmission(l Limits, log *slog.Logger) *admission {
 func (a *admission) open(c *conn, who caller) error {
 	return a.count(func() error {
 		h := holder{a.share(who.key, true), a.share("user:"+strconv.FormatUint(uint64(who.uid), 10), false), &a.total, nil}
+		if !h[0].work.AllowN(time.Now(), workOfConn) {
+			return overLimit(h[0], "connections a second")
+		}
+		if err := a.take(h, connections); err != nil {
+			return err
+		}
+		c.holder = h
+		a.conns[c] = struct{}{}
+		return nil
+	})
+}
+
+// openPrivate admits a connection to a private socket. It counts against that one, and of what it has beyond its reserve also
+// against what all of them may have, so that none can take from another what that one needs.
+func (a *admission) openPrivate(c *conn, key string) error {
+	return a.count(func() error {
+		h := holder{a.share(key, true), nil, &a.owned, nil}
 		if !h[0].work.AllowN(time.Now(), workOfConn) {
 			return overLimit(h[0], "connections a second")
 		}
@@ -219,6 +242,9 @@ func (a *admission) pay(c *conn, work int) (wait time.Duration) {
 
 func (a *admission) take(h holder, k kind) error {
 	for i, q := range [4]Quota{a.limits.Caller, a.limits.User, a.limits.Total, a.limits.Caller} {
+		if i == 2 && h[1] == nil && h[0].held[k] < reserved {
+			continue
+		}
 		if h[i] != nil && h[i].held[k] >= q.limit(k) {
 			return overLimit(h[i], k.String())
 		}

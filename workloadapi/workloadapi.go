@@ -80,6 +80,7 @@ type Server struct {
 	now      func() time.Time
 
 	listener *listener
+	grpc     *grpc.Server // of this socket and of the private ones
 	admit    *admission
 	views    views
 	// stopping ends every stream; it is not a parent of the calls' contexts, which belong to gRPC.
@@ -136,6 +137,7 @@ func New(c Config) (*Server, error) {
 	s.admit = newAdmission(limits, c.Log)
 	s.listener = &listener{socket: socket, server: s}
 	s.stopping, s.stop = context.WithCancel(context.Background())
+	s.grpc = s.grpcServer()
 	return s, nil
 }
 
@@ -152,7 +154,7 @@ func openFiles() int {
 // Unavailable, waits for at most drainTimeout, and closes what a client still holds on to.
 func (s *Server) Run(ctx context.Context) error {
 	defer s.Close()
-	g := s.grpcServer()
+	g := s.grpc
 	failed := make(chan error, 1)
 	go func() { failed <- g.Serve(s.listener) }()
 	var err error
@@ -176,9 +178,10 @@ func (s *Server) Run(ctx context.Context) error {
 	return err
 }
 
-// Close gives the socket back: to be called when Run is not, and harmless after it.
+// Close gives the socket and the private ones back: to be called when Run is not, and harmless after it.
 func (s *Server) Close() error {
 	s.stop()
+	s.grpc.Stop()
 	if err := s.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 		return fmt.Errorf("closing the Workload API socket: %w", err)
 	}
