@@ -31,6 +31,7 @@ import (
 
 	"countersign.io/countersign/attestor/node"
 	"countersign.io/countersign/identity"
+	"countersign.io/countersign/internal/durable"
 )
 
 const (
@@ -130,7 +131,7 @@ func New(cfg Config) (*Agent, error) {
 		errs = append(errs, err)
 	}
 	if cfg.StateDir != "" {
-		dir, err := openStateDir(cfg.StateDir, onMemory)
+		dir, err := openStateDir(cfg.StateDir, durable.OnMemory)
 		if err != nil {
 			errs = append(errs, err)
 		}

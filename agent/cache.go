@@ -43,15 +43,28 @@ type workload struct {
 // cannot verify a token, and a process outside of pods may be able to give its cgroup the name of one. So whoever
 // looks like a pod but shows another token than the one that was verified must not get what is held for it, nor, by
 // being refused, end it: he is another workload until a member has said that he is the same.
+//
+// A volume is known without its token: nobody reaches its socket but the pod that the kubelet mounted it into, and nobody but the kubelet
+// hands over its token. So what is held for it is served also when there is no token, as after a restart of the agent; a new
+// question needs one (see tokenNeeded).
 func cacheKey(who string, token []byte) string {
-	if len(token) == 0 {
+	if len(token) == 0 || attestor.IsVolume(who) {
 		return who
 	}
 	h := sha256.Sum256(token)
 	return who + tokenMark + hex.EncodeToString(h[:16])
 }
 
-// tokenMark is in no attestor.Workload.Key, which is hexadecimal.
+// tokenNeeded is why a volume whose token is not here can be served what is held for it, and nothing new: without a token it would be asked
+// for as a plain process.
+func tokenNeeded(who string, token []byte) error {
+	if attestor.IsVolume(who) && len(token) == 0 {
+		return fmt.Errorf("%w: the kubelet has not handed over the pod's token since this agent started: it does within some two minutes", identity.ErrUnavailable)
+	}
+	return nil
+}
+
+// tokenMark is in no attestor.Workload.Key.
 const tokenMark = "#"
 
 // stream is one open Updates call. gone is owned by cache.mu.

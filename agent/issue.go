@@ -76,7 +76,11 @@ func (q *issueQueue) stop() []*issueRequest {
 
 // launch makes a key for the workload and queues the question. It returns before the answer; the flight has that.
 func (a *Agent) launch(ctx context.Context, w *workload, f *flight, ev identity.Evidence) {
-	key, err := a.newKey(ctx)
+	var key keyPair
+	err := tokenNeeded(w.who, ev.Token)
+	if err == nil {
+		key, err = a.newKey(ctx)
+	}
 	r := &issueRequest{w: w, f: f, cacheKey: cacheKey(w.who, ev.Token), evidence: cloneEvidence(ev), key: key}
 	q := &a.processes
 	if len(ev.Token) > 0 {

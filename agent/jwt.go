@@ -56,6 +56,9 @@ func (a *Agent) FetchJWT(ctx context.Context, attest attestor.Func, audience []s
 	if got, ok := a.jwts.Get(key); ok && time.Now().Before(got.until) {
 		return got.svids, nil
 	}
+	if err := tokenNeeded(wl.Key, wl.Evidence.Token); err != nil {
+		return nil, err
+	}
 	// Whoever waits may go; the question is asked once and its answer kept. So it has a token of its own.
 	ev := cloneEvidence(wl.Evidence)
 	res := a.jwtGo.DoChan(fmt.Sprintf("%d\x00%s\x00%s", key.epoch, key.id, key.audience), func() (any, error) {

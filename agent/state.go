@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/sys/unix"
 
 	"countersign.io/countersign/identity"
 	"countersign.io/countersign/internal/durable"
@@ -41,15 +40,6 @@ const (
 // Every file is replaced whole. A crash leaves the old one, at worst an SVID that was dropped a moment before: the
 // first member the next process connects to says so, since it is told what the agent serves.
 type stateDir struct{ path string }
-
-// onMemory reports whether a folder is on a file system that is never written to a disk (but for swap).
-func onMemory(path string) (bool, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(path, &st); err != nil {
-		return false, fmt.Errorf("asking for the file system of %s: %w", path, err)
-	}
-	return st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC, nil
-}
 
 func openStateDir(path string, memory func(string) (bool, error)) (*stateDir, error) {
 	for _, p := range []string{path, filepath.Join(path, "svid")} {

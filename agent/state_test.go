@@ -29,7 +29,7 @@ func memoryDir(t testing.TB) string {
 		t.Skipf("no tmpfs here: %v", err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	if ok, err := onMemory(dir); err != nil || !ok {
+	if ok, err := durable.OnMemory(dir); err != nil || !ok {
 		t.Skipf("/dev/shm is no tmpfs (%v)", err)
 	}
 	return dir
@@ -289,7 +289,7 @@ func TestStateDirIsPrivate(t *testing.T) {
 		t.Error("unknown file system: taken")
 	}
 	os.Chmod(dir, 0o755)
-	if _, err := openStateDir(dir, onMemory); !errors.Is(err, durable.ErrLoose) {
+	if _, err := openStateDir(dir, durable.OnMemory); !errors.Is(err, durable.ErrLoose) {
 		t.Errorf("others can read it: %v", err)
 	}
 	os.Chmod(dir, 0o700)

@@ -92,6 +92,15 @@ func PrivateDir(path string) error {
 	return checkPrivate(path, &st, "chmod 0700")
 }
 
+// OnMemory reports whether a folder is on a file system that is never written to a disk (but for swap).
+func OnMemory(path string) (bool, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return false, fmt.Errorf("asking for the file system of %s: %w", path, err)
+	}
+	return st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC, nil
+}
+
 // checkPrivate refuses what others could read or change.
 func checkPrivate(path string, st *unix.Stat_t, fix string) error {
 	if uid := os.Geteuid(); st.Uid != 0 && int64(st.Uid) != int64(uid) {
