@@ -37,7 +37,7 @@ var house = map[string][]string{
 	"attestor":         {"identity"},
 	"server":           {"identity", "api", "ca", "attestor", "audit"},
 	"agent":            {"identity", "api", "attestor", "internal/durable"},
-	"workloadapi":      {"identity", "attestor"},
+	"workloadapi":      {"identity", "attestor", "internal/durable"},
 	"federation":       {"identity"},
 	"cmd":              {"*"},
 	"integration":      {"*"},

@@ -210,12 +210,12 @@ func writeX509(dir string, x *workloadapi.X509Context) error {
 	if err != nil {
 		return err
 	}
-	defer clear(files[0].data) // the key
+	defer clear(files[0].Data) // the key
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("making the folder: %w", err)
 	}
 	for _, f := range files {
-		if err := durable.WriteFile(filepath.Join(dir, f.name), f.data, f.mode); err != nil {
+		if err := durable.WriteFile(filepath.Join(dir, f.Name), f.Data, f.Mode); err != nil {
 			return err
 		}
 	}

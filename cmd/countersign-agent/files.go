@@ -3,41 +3,19 @@ package main
 import (
 	"context"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
 	"os/exec"
-	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"countersign.io/countersign/api"
-	"countersign.io/countersign/identity"
-	"countersign.io/countersign/internal/durable"
+	"countersign.io/countersign/workloadapi/files"
 )
 
-// A folder of files for programs that read files. A certificate must never be seen with another one's key, so they change together,
-// as in a Kubernetes volume: each generation is a folder of its own, ..data is a link to the newest, and svid.pem and the others are
-// links through that. The generation before stays until the next. Whoever reads several files opens the folder ..data once, or is told to read again when all are there.
-const (
-	dataLink   = "..data"
-	generation = "..at-" // and a random end
-)
-
-// published are the files of one generation.
-type published []struct {
-	name string
-	data []byte
-	mode os.FileMode
-}
-
-func publishedX509(x *workloadapi.X509Context) (published, error) {
+func publishedX509(x *workloadapi.X509Context) ([]files.File, error) {
 	svid := x.DefaultSVID()
 	certs, key, err := svid.Marshal()
 	if err != nil {
@@ -47,9 +25,9 @@ func publishedX509(x *workloadapi.X509Context) (published, error) {
 	if err != nil {
 		return nil, fmt.Errorf("finding the bundle of %s: %w", svid.ID.TrustDomain(), err)
 	}
-	out := published{{"key.pem", key, 0o600}, {"svid.pem", certs, 0o644}, {"bundle.pem", nil, 0o644}}
+	out := []files.File{{Name: "key.pem", Data: key, Mode: 0o600}, {Name: "svid.pem", Data: certs, Mode: 0o644}, {Name: "bundle.pem", Mode: 0o644}}
 	for _, r := range bundle.X509Authorities() {
-		out[2].data = append(out[2].data, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.Raw})...)
+		out[2].Data = append(out[2].Data, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.Raw})...)
 	}
 	for _, b := range x.Bundles.Bundles() { // those of federated trust domains, each by itself: they are never merged
 		if td := b.TrustDomain(); td != svid.ID.TrustDomain() {
@@ -57,85 +35,10 @@ func publishedX509(x *workloadapi.X509Context) (published, error) {
 			for _, r := range b.X509Authorities() {
 				data = append(data, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.Raw})...)
 			}
-			out = append(out, published{{"bundle-" + td.Name() + ".pem", data, 0o644}}...)
+			out = append(out, files.File{Name: "bundle-" + td.Name() + ".pem", Data: data, Mode: 0o644})
 		}
 	}
 	return out, nil
-}
-
-// publish makes files the newest generation in dir. A crash leaves the one before, and a folder that the next call removes.
-func publish(dir string, files published) (err error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("making the folder: %w", err)
-	}
-	for _, f := range files { // what a person put there is not ours to replace
-		if info, err := os.Lstat(filepath.Join(dir, f.name)); err == nil && info.Mode().Type() != fs.ModeSymlink {
-			return fmt.Errorf("%w: %s is there and is no link of ours: move it away, or name another folder", identity.ErrExists, filepath.Join(dir, f.name))
-		}
-	}
-	at, err := os.MkdirTemp(dir, generation)
-	if err != nil {
-		return fmt.Errorf("making a folder for the files: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			os.RemoveAll(at)
-		}
-	}()
-	if err := os.Chmod(at, 0o755); err != nil { // the key is 0600
-		return err
-	}
-	for _, f := range files {
-		if err := durable.WriteFile(filepath.Join(at, f.name), f.data, f.mode); err != nil {
-			return err
-		}
-	}
-	before, err := os.Readlink(filepath.Join(dir, dataLink))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("reading the link to the newest files: %w", err)
-	}
-	if err := relink(filepath.Join(dir, dataLink), filepath.Base(at)); err != nil {
-		return err
-	}
-	for _, f := range files {
-		if err := relink(filepath.Join(dir, f.name), filepath.Join(dataLink, f.name)); err != nil {
-			return err
-		}
-	}
-	return removeOld(dir, filepath.Base(at), before) // who is reading the one before may end
-}
-
-// relink replaces a link, whole.
-func relink(path, target string) error {
-	if old, err := os.Readlink(path); err == nil && old == target {
-		return nil
-	}
-	next := path + ".next"
-	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("linking %s: %w", path, err)
-	}
-	if err := os.Symlink(target, next); err != nil {
-		return fmt.Errorf("linking %s: %w", path, err)
-	}
-	if err := os.Rename(next, path); err != nil {
-		return fmt.Errorf("linking %s: %w", path, err)
-	}
-	return nil
-}
-
-// removeOld takes older generations away, keys and all.
-func removeOld(dir string, kept ...string) error {
-	names, err := os.ReadDir(dir)
-	if err != nil {
-		return fmt.Errorf("looking for older files: %w", err)
-	}
-	var errs []error
-	for _, n := range names {
-		if strings.HasPrefix(n.Name(), generation) && !slices.Contains(kept, n.Name()) && n.IsDir() {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, n.Name())))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // runTime bounds the command that is run after a change.
@@ -157,10 +60,10 @@ type publisher struct {
 func (p *publisher) OnX509ContextUpdate(x *workloadapi.X509Context) {
 	p.wmu.Lock()
 	defer p.wmu.Unlock()
-	files, err := publishedX509(x)
+	list, err := publishedX509(x)
 	if err == nil {
-		err = publish(p.dir, files)
-		clear(files[0].data)
+		err = files.Publish(p.dir, list)
+		clear(list[0].Data)
 	}
 	if err != nil {
 		if !p.any { // a folder that cannot be written is no matter of time

@@ -25,6 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"countersign.io/countersign/identity"
+	"countersign.io/countersign/workloadapi/files"
 )
 
 // aContext is an X.509 context with one self-made identity, and a federated bundle.
@@ -55,11 +56,11 @@ func aContext(t *testing.T) *workloadapi.X509Context {
 func TestPublish(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "web")
 	put := func() {
-		files, err := publishedX509(aContext(t))
+		list, err := publishedX509(aContext(t))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := publish(dir, files); err != nil {
+		if err := files.Publish(dir, list); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -69,7 +70,7 @@ func TestPublish(t *testing.T) {
 	read := 0
 	wg.Go(func() {
 		for ; ctx.Err() == nil; read++ {
-			at, err := os.OpenRoot(filepath.Join(dir, dataLink))
+			at, err := os.OpenRoot(filepath.Join(dir, "..data"))
 			if err != nil {
 				t.Error(err)
 				return
@@ -112,7 +113,7 @@ func TestPublish(t *testing.T) {
 }
 
 func TestPublishRefuses(t *testing.T) {
-	files, err := publishedX509(aContext(t))
+	list, err := publishedX509(aContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +121,7 @@ func TestPublishRefuses(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "svid.pem"), []byte("somebody's own"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := publish(dir, files); !errors.Is(err, identity.ErrExists) {
+	if err := files.Publish(dir, list); !errors.Is(err, identity.ErrExists) {
 		t.Errorf("over somebody's own file: %v", err)
 	}
 	if data, err := os.ReadFile(filepath.Join(dir, "svid.pem")); err != nil || string(data) != "somebody's own" {
@@ -130,7 +131,7 @@ func TestPublishRefuses(t *testing.T) {
 	if err != nil || len(names) != 1 {
 		t.Errorf("left there: %v, %v", names, err)
 	}
-	if err := publish(filepath.Join(dir, "svid.pem", "x"), files); err == nil {
+	if err := files.Publish(filepath.Join(dir, "svid.pem", "x"), list); err == nil {
 		t.Error("below a file")
 	}
 }
