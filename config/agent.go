@@ -1,6 +1,9 @@
 package config
 
-import "errors"
+import (
+	"errors"
+	"os"
+)
 
 // Agent is the configuration of a node agent.
 type Agent struct {
@@ -17,6 +20,7 @@ type Agent struct {
 	Health   string        `yaml:"health"`    // host:port of /live and /ready, plain HTTP
 	KeyType  string        `yaml:"key_type"`  // of workloads' keys: ec-p256, ec-p384, ed25519 or rsa-2048
 	Workload AgentWorkload `yaml:"workload"`
+	CSI      *AgentCSI     `yaml:"csi"`
 	Log      Log           `yaml:"log"`
 }
 
@@ -46,6 +50,36 @@ type AgentWorkload struct {
 	Systemd   bool   `yaml:"systemd"`    // also tell each caller's systemd unit (systemd:unit)
 }
 
+// AgentCSI is the CSI driver for pods' volumes: its presence turns it on. It needs root, CAP_SYS_ADMIN, and both folders of the kubelet
+// under the paths that they have on the host.
+type AgentCSI struct {
+	Socket          string `yaml:"socket"`           // of the driver, for the kubelet; its folder must be its own alone
+	RegistrationDir string `yaml:"registration_dir"` // where the kubelet looks for drivers
+	KubeletDir      string `yaml:"kubelet_dir"`      // the kubelet's --root-dir
+	Dir             string `yaml:"dir"`              // one folder for each volume; on tmpfs, at the most 55 bytes, and its own alone
+	Node            string `yaml:"node"`             // the node's name; default: the environment variable NODE_NAME
+	Audience        string `yaml:"audience"`         // of the pods' tokens, as in tokenRequests of the CSIDriver object
+}
+
+func (c *AgentCSI) complete() {
+	def(&c.Socket, DefaultKubeletDir+"/plugins/csi.countersign.io/csi.sock")
+	def(&c.RegistrationDir, DefaultKubeletDir+"/plugins_registry")
+	def(&c.KubeletDir, DefaultKubeletDir)
+	def(&c.Dir, DefaultCSIDir)
+	def(&c.Node, os.Getenv("NODE_NAME"))
+	def(&c.Audience, DefaultAudience)
+}
+
+func (c *AgentCSI) check(f *faults) {
+	f.absolute("csi.socket", c.Socket)
+	f.absolute("csi.registration_dir", c.RegistrationDir)
+	f.absolute("csi.kubelet_dir", c.KubeletDir)
+	f.absolute("csi.dir", c.Dir)
+	if c.Node == "" {
+		f.add("csi.node is missing: the name of this node, or set the environment variable NODE_NAME to it")
+	}
+}
+
 func (c *Agent) complete() {
 	def(&c.Socket, DefaultAgentSocket)
 	def(&c.StateDir, DefaultStateDir)
@@ -54,6 +88,9 @@ func (c *Agent) complete() {
 	def(&c.Workload.TokenPath, DefaultTokenPath)
 	if c.Attest.Kube != nil {
 		def(&c.Attest.Kube.TokenPath, DefaultTokenPath)
+	}
+	if c.CSI != nil {
+		c.CSI.complete()
 	}
 	c.Log.complete()
 }
@@ -106,6 +143,9 @@ func (c *Agent) Check() error {
 		f.add("key_type %q: want ec-p256, ec-p384, ed25519 or rsa-2048", c.KeyType)
 	}
 	f.absolute("workload.token_path", c.Workload.TokenPath)
+	if c.CSI != nil {
+		c.CSI.check(&f)
+	}
 	f.log(c.Log)
 	return errors.Join(f.errs...)
 }

@@ -41,6 +41,8 @@ const (
 	DefaultDataDir     = "/var/lib/countersign"
 	DefaultStateDir    = "/run/countersign/agent"
 	DefaultTokenPath   = "/var/run/secrets/countersign.io/token"
+	DefaultKubeletDir  = "/var/lib/kubelet"
+	DefaultCSIDir      = "/run/countersign/csi"
 	DefaultAudience    = "countersign"
 )
 

@@ -201,6 +201,7 @@ func TestDocumentation(t *testing.T) {
 var _ = flag.Bool("update", false, "write docs/CONFIG.md anew")
 
 func document(t *testing.T) string {
+	t.Setenv("NODE_NAME", "")
 	comments := map[string]string{} // Type.Field -> comment
 	inspect := func(n ast.Node) bool {
 		ts, ok := n.(*ast.TypeSpec)
@@ -226,7 +227,7 @@ func document(t *testing.T) string {
 	var b strings.Builder
 	b.WriteString("# Configuration\n\nGenerated from the comments in config/ (`go test ./config -update`). Every field has a default unless it says so in its description or is\n`version`, `trust_domain`. Durations are written as `1h30m`. An unknown field is an error.\n")
 	s, _ := ParseServer("", []byte("version: 1\nname: HOSTNAME\nadvertise: HOSTNAME:8443\n"))
-	a, _ := ParseAgent("", []byte("version: 1\nattest: {kube: {}, x509pop: {}}\n"))
+	a, _ := ParseAgent("", []byte("version: 1\nattest: {kube: {}, x509pop: {}}\ncsi: {}\n"))
 	b.WriteString("\n## `countersign server run -c FILE`\n\n| field | default | |\n| --- | --- | --- |\n")
 	fields(&b, "", reflect.ValueOf(*s), comments)
 	b.WriteString("\n## `countersign-agent run -c FILE`\n\n| field | default | |\n| --- | --- | --- |\n")

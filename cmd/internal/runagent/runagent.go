@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -21,6 +22,7 @@ import (
 	"countersign.io/countersign/identity"
 	"countersign.io/countersign/internal/durable"
 	"countersign.io/countersign/workloadapi"
+	"countersign.io/countersign/workloadapi/csi"
 )
 
 // Options are what the file does not say.
@@ -61,10 +63,23 @@ func Run(ctx context.Context, c *config.Agent, o Options) error {
 	if err != nil {
 		return fmt.Errorf("listening for health (health: %s): %w: end what uses the port, or name another", c.Health, err)
 	}
+	ready := a.Ready
 	g, ctx := errgroup.WithContext(ctx)
+	if c.CSI != nil {
+		driver, err := csi.New(csi.Config{
+			Socket: c.CSI.Socket, RegistrationDir: c.CSI.RegistrationDir, KubeletDir: c.CSI.KubeletDir, Dir: c.CSI.Dir, Node: c.CSI.Node,
+			Audience: c.CSI.Audience, Version: o.Version, Source: a, API: api, Log: o.Log,
+		})
+		if err != nil {
+			health.Close()
+			return fmt.Errorf("starting the CSI driver (csi): %w", err)
+		}
+		ready = func() error { return errors.Join(a.Ready(), driver.Ready()) }
+		g.Go(func() error { return driver.Run(ctx) })
+	}
 	g.Go(func() error { return a.Run(ctx) })
 	g.Go(func() error { return api.Run(ctx) })
-	g.Go(func() error { return cli.ServeHealth(ctx, health, a.Ready) })
+	g.Go(func() error { return cli.ServeHealth(ctx, health, ready) })
 	if o.Ready != nil {
 		o.Ready()
 	}
