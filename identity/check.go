@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -29,6 +30,9 @@ func CheckEntry(td spiffeid.TrustDomain, e *Entry) error {
 		errs = append(errs, err)
 	} else if !proven && len(e.Selectors) > 0 {
 		bad("every selector is an agent's word (unix:, systemd:), so any agent of the trust domain could claim the identity: add a selector that says which agents may, such as agent:id:..., agent:kind:... or agent:kube-node:...")
+	}
+	if slices.ContainsFunc(e.Selectors, Selector.Fact) && KubeClusterOf(e.Selectors) == "" {
+		bad("labels and owners say something within one kube cluster only: add the selector k8s:cluster:NAME, or whoever may label pods in any cluster that is registered has the identity")
 	}
 	errs = append(errs, checkIDTemplate(td, e.SPIFFEID))
 	if t, err := ParseTemplate(e.SPIFFEID); e.Downstream && err == nil && len(t.Names()) > 0 {

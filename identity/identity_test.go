@@ -14,7 +14,8 @@ import (
 func td() spiffeid.TrustDomain { return spiffeid.RequireTrustDomainFromString("example.org") }
 
 func TestSelectors(t *testing.T) {
-	for _, good := range append([]string{"k8s:ns:default", "unix:path:/usr/bin/x:y", "unix:user:jörg"}, samples()...) {
+	for _, good := range append([]string{"k8s:ns:default", "unix:path:/usr/bin/x:y", "unix:user:jörg", "k8s:pod-label:app:", "k8s:pod-label:app.kubernetes.io/name:Web_1.0",
+		"k8s:ns-label:team:a", "k8s:pod-owner:StatefulSet:db.x"}, samples()...) {
 		s, err := ParseSelector(good)
 		if err != nil || string(s) != good || s.Name()+":"+s.Value() != good {
 			t.Errorf("%q: %v (%q, %q)", good, err, s.Name(), s.Value())
@@ -23,6 +24,10 @@ func TestSelectors(t *testing.T) {
 	for name, bad := range map[string]string{
 		"empty": "", "no value": "k8s:ns:", "one part": "k8s", "two parts": "k8s:ns", "unknown": "k8s:namespace:x",
 		"control": "k8s:ns:a\nb", "delete": "k8s:ns:a\x7f", "not UTF-8": "k8s:ns:\xff", "huge": "k8s:ns:" + strings.Repeat("x", MaxSelectorBytes),
+		"label without value": "k8s:pod-label:app", "label key": "k8s:pod-label-key:-app", "label key, two slashes": "k8s:ns-label-key:a/b/c",
+		"label domain": "k8s:ns-label-key:A.b/c", "label value": "k8s:pod-label:app:a b", "label value with colon": "k8s:ns-label:app:a:b",
+		"long label": "k8s:pod-label-key:" + strings.Repeat("x", 64), "owner without name": "k8s:pod-owner:Deployment", "owner kind": "k8s:pod-owner:deployment:web",
+		"owner name": "k8s:pod-owner:Deployment:Web", "owner with uid": "k8s:pod-owner:Deployment:web:x",
 	} {
 		if _, err := ParseSelector(bad); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: got %v", name, err)
@@ -40,9 +45,50 @@ func TestSelectors(t *testing.T) {
 func samples() []string {
 	var out []string
 	for _, n := range SelectorNames() {
+		switch n {
+		case SelectorPodLabel, SelectorNSLabel:
+			n += ":x"
+		case SelectorPodOwner:
+			n += ":Job"
+		}
 		out = append(out, n+":x")
 	}
 	return out
+}
+
+// TestFacts: labels and owners need the cluster whose API server says so, and fill no template.
+func TestFacts(t *testing.T) {
+	td := spiffeid.RequireTrustDomainFromString("example.org")
+	for _, s := range []Selector{"k8s:pod-label:app:web", "k8s:pod-label-key:app", "k8s:ns-label:env:prod", "k8s:ns-label-key:env", "k8s:pod-owner:Deployment:web"} {
+		if !s.Fact() || !s.Proven() {
+			t.Errorf("%s: fact %t, proven %t", s, s.Fact(), s.Proven())
+		}
+		e := &Entry{Selectors: []Selector{"k8s:cluster:main", s}, SPIFFEID: "spiffe://example.org/web"}
+		if err := CheckEntry(td, e); err != nil {
+			t.Error(err)
+		}
+		for _, bad := range [][]Selector{{s}, {"k8s:ns:prod", s}, {"k8s:cluster:a", "k8s:cluster:b", s}} {
+			e.Selectors = bad
+			if err := CheckEntry(td, e); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "k8s:cluster:NAME") {
+				t.Errorf("%v: %v", bad, err)
+			}
+		}
+		if _, err := ParseTemplate("spiffe://example.org/{" + s.Name() + "}"); !errors.Is(err, ErrInvalid) {
+			t.Errorf("a template of %s: %v", s.Name(), err)
+		}
+	}
+	if s := Selector("k8s:pod-name:x"); s.Fact() || s.LabelKey() != "" {
+		t.Errorf("%s is a fact", s)
+	}
+	all := []Selector{"k8s:cluster:main", "k8s:ns-label:a:b", "k8s:ns:prod"}
+	if got := WithoutFacts(all); !slices.Equal(got, []Selector{"k8s:cluster:main", "k8s:ns:prod"}) || len(all) != 3 || all[1] != "k8s:ns-label:a:b" {
+		t.Errorf("%v of %v", got, all)
+	}
+	for s, want := range map[Selector]string{"k8s:pod-label:a/b:c": "a/b", "k8s:ns-label-key:a": "a", "k8s:pod-owner:Job:x": ""} {
+		if got := s.LabelKey(); got != want {
+			t.Errorf("key of %s: %q", s, got)
+		}
+	}
 }
 
 func TestSubset(t *testing.T) {

@@ -10,12 +10,13 @@ import (
 // Selector is one attested property, "type:name:value", such as "k8s:ns:prod" or "unix:uid:1000".
 type Selector string
 
-// selectorNames lists every selector there is, and whether it is proven: by a verified token or by the
+// selectorNames lists every selector there is, and whether it is proven: by a verified token, by the API server or by the
 // node's own attestation. The others are an agent's word.
 func selectorProven(name string) (proven, known bool) {
 	switch name {
 	case "k8s:cluster", "k8s:ns", "k8s:sa", "k8s:pod-name", "k8s:pod-uid", "k8s:node-name",
-		"agent:id", "agent:kind", "agent:kube-cluster", "agent:kube-node", "agent:x509-cn":
+		"agent:id", "agent:kind", "agent:kube-cluster", "agent:kube-node", "agent:x509-cn",
+		SelectorPodLabel, SelectorPodLabelKey, SelectorNSLabel, SelectorNSLabelKey, SelectorPodOwner:
 		return true, true
 	case "unix:uid", "unix:gid", "unix:user", "unix:group", "unix:path", "unix:sha256", "systemd:unit":
 		return false, true
@@ -26,7 +27,8 @@ func selectorProven(name string) (proven, known bool) {
 // SelectorNames are the known "type:name" pairs, for error messages and completion.
 func SelectorNames() []string {
 	return []string{"agent:id", "agent:kind", "agent:kube-cluster", "agent:kube-node", "agent:x509-cn",
-		"k8s:cluster", "k8s:node-name", "k8s:ns", "k8s:pod-name", "k8s:pod-uid", "k8s:sa",
+		"k8s:cluster", "k8s:node-name", "k8s:ns", SelectorNSLabel, SelectorNSLabelKey, SelectorPodLabel, SelectorPodLabelKey,
+		"k8s:pod-name", SelectorPodOwner, "k8s:pod-uid", "k8s:sa",
 		"systemd:unit", "unix:gid", "unix:group", "unix:path", "unix:sha256", "unix:uid", "unix:user"}
 }
 
@@ -48,6 +50,9 @@ func ParseSelector(s string) (Selector, error) {
 	}
 	if !utf8.ValidString(value) || strings.ContainsFunc(value, func(r rune) bool { return r < 0x20 || r == 0x7f }) {
 		return "", fmt.Errorf("%w: selector %q: the value has control characters or is not UTF-8", ErrInvalid, s)
+	}
+	if err := checkFact(name, value); err != nil {
+		return "", fmt.Errorf("selector %q: %w", s, err)
 	}
 	return Selector(s), nil
 }

@@ -2,6 +2,7 @@ package identity
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -40,8 +41,9 @@ func ParseTemplate(s string) (Template, error) {
 			return Template{}, fmt.Errorf("%w: template %q: { without }", ErrInvalid, s)
 		}
 		name := rest[open+1 : open+end]
-		if _, known := selectorProven(name); !known {
-			return Template{}, fmt.Errorf("%w: template %q: unknown placeholder {%s}: known are %s", ErrInvalid, s, name, strings.Join(SelectorNames(), ", "))
+		if _, known := selectorProven(name); !known || slices.Contains(factNames(), name) {
+			names := slices.DeleteFunc(SelectorNames(), func(n string) bool { return slices.Contains(factNames(), n) })
+			return Template{}, fmt.Errorf("%w: template %q: unknown placeholder {%s}: known are %s", ErrInvalid, s, name, strings.Join(names, ", "))
 		}
 		t.parts = append(t.parts, part{name: name})
 		rest = rest[open+end+1:]

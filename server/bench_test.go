@@ -180,13 +180,13 @@ func BenchmarkEntryChange(b *testing.B) {
 		b.Run(fmt.Sprintf("workloads=%d", n), func(b *testing.B) {
 			var mu sync.Mutex
 			e := &identity.Entry{ID: "e", Selectors: []identity.Selector{"k8s:ns:ns-7", "k8s:sa:sa-7"}, Revision: 1}
-			h := newHub(func(sel []identity.Selector) []*identity.Entry {
+			h := newHub(func(sel []identity.Selector) ([]*identity.Entry, bool) {
 				mu.Lock()
 				defer mu.Unlock()
 				if identity.Subset(e.Selectors, sel) {
-					return []*identity.Entry{e}
+					return []*identity.Entry{e}, true
 				}
-				return nil
+				return nil, true
 			}, time.Now)
 			var s *session
 			for i := range n {

@@ -61,6 +61,33 @@ func (f *fakeState) Match(sel []identity.Selector) []*identity.Entry {
 	return out
 }
 
+func (f *fakeState) FactsMatter(sel []identity.Selector) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, e := range f.entries {
+		if rest := identity.WithoutFacts(e.Selectors); len(rest) < len(e.Selectors) && identity.Subset(rest, sel) {
+			return true
+		}
+	}
+	return false
+}
+
+func (f *fakeState) Interests() map[string]identity.Interest {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := map[string]identity.Interest{}
+	for _, e := range f.entries {
+		for _, s := range e.Selectors {
+			if k := s.LabelKey(); k != "" {
+				i := out[identity.KubeClusterOf(e.Selectors)]
+				i.PodLabels = append(i.PodLabels, k)
+				out[identity.KubeClusterOf(e.Selectors)] = i
+			}
+		}
+	}
+	return out
+}
+
 func (f *fakeState) Entry(id string) (*identity.Entry, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -410,24 +437,69 @@ func (f *fakeState) Sweep(context.Context, time.Time) error {
 	return f.down
 }
 
-// testPods is the real verifier; that a pod is gone is said by the test.
+// testPods is the real verifier; that a pod is gone, and what labels one has, is said by the test.
 type testPods struct {
 	*kube.Verifier
-	gone chan func(func(cluster, podUID string))
+	tell  chan func(kube.Events)
+	facts *testFacts
 }
 
-func (p testPods) Run(ctx context.Context, gone func(cluster, podUID string)) error {
+// testFacts are what stands for an API server's word, of every pod.
+type testFacts struct {
+	mu       sync.Mutex
+	known    []identity.Selector // nil: this member cannot tell by itself
+	asked    func() ([]identity.Selector, error)
+	interest map[string]identity.Interest
+}
+
+func (p testPods) SetInterest(in map[string]identity.Interest) {
+	p.facts.mu.Lock()
+	defer p.facts.mu.Unlock()
+	p.facts.interest = in
+}
+
+func (p testPods) KnownFacts(string, string, string) ([]identity.Selector, bool) {
+	p.facts.mu.Lock()
+	defer p.facts.mu.Unlock()
+	return p.facts.known, p.facts.known != nil
+}
+
+func (p testPods) Facts(ctx context.Context, c *kube.Claims) ([]identity.Selector, error) {
+	if known, ok := p.KnownFacts(c.Cluster, c.Namespace, c.PodUID); ok {
+		return known, nil
+	}
+	p.facts.mu.Lock()
+	defer p.facts.mu.Unlock()
+	if p.facts.asked == nil {
+		return nil, fmt.Errorf("%w: the API server at 10.0.0.1 is away", identity.ErrUnavailable)
+	}
+	return p.facts.asked()
+}
+
+// setFacts changes what is known of all pods; none means that it cannot be told.
+func (p testPods) setFacts(sel ...identity.Selector) {
+	p.facts.mu.Lock()
+	defer p.facts.mu.Unlock()
+	p.facts.known = sel
+}
+
+func (p testPods) Run(ctx context.Context, tell kube.Events) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case f := <-p.gone:
-			f(gone)
+		case f := <-p.tell:
+			f(tell)
 		}
 	}
 }
 
 func (p testPods) end(t *testing.T, cluster, podUID string) {
 	t.Helper()
-	p.gone <- func(gone func(string, string)) { gone(cluster, podUID) }
+	p.tell <- func(tell kube.Events) { tell.Gone(cluster, podUID) }
+}
+
+func (p testPods) change(t *testing.T, cluster, namespace, podUID string) {
+	t.Helper()
+	p.tell <- func(tell kube.Events) { tell.Changed(cluster, namespace, podUID) }
 }

@@ -52,7 +52,7 @@ type hubModel struct {
 
 func newHubModel(t *testing.T) *hubModel {
 	m := &hubModel{t: t, entries: map[string]*identity.Entry{}}
-	m.h = newHub(m.matching, time.Now)
+	m.h = newHub(func(sel []identity.Selector) ([]*identity.Entry, bool) { return m.matching(sel), true }, time.Now)
 	for i := range 3 {
 		s, err := m.h.open(fmt.Sprint("agent-", i), "")
 		if err != nil {

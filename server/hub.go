@@ -14,8 +14,8 @@ import (
 // index from each selector to the workloads that have it, so that the work grows with what is concerned and not with
 // what is there. It decides nothing: an agent that is told asks again, with evidence.
 type hub struct {
-	// matching are the entries that a workload with these selectors would be issued by.
-	matching func(sel []identity.Selector) []*identity.Entry
+	// matching are the entries that a workload with these selectors would be issued by; false: it cannot be told now.
+	matching func(sel []identity.Selector) ([]*identity.Entry, bool)
 	now      func() time.Time
 
 	mu       sync.Mutex
@@ -73,7 +73,7 @@ const (
 	recheckChunk = 256
 )
 
-func newHub(matching func([]identity.Selector) []*identity.Entry, now func() time.Time) *hub {
+func newHub(matching func([]identity.Selector) ([]*identity.Entry, bool), now func() time.Time) *hub {
 	return &hub{
 		matching: matching, now: now,
 		sessions: map[*session]struct{}{}, byAgent: map[string][]*session{}, postings: map[identity.Selector]*posting{},
@@ -128,7 +128,7 @@ func (h *hub) removeLocked(s *session) {
 }
 
 // set takes up a workload, or replaces what was known of it, and tells the agent if what it holds is not what
-// matches now. sel must be sorted.
+// matches now. sel must be sorted and without facts: those are for this member to know.
 func (h *hub) set(s *session, handle uint64, sel []identity.Selector, holds []held) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -226,14 +226,17 @@ func (h *hub) drop(w *watch) {
 	h.federate(w, nil)
 }
 
-// settled reports whether a workload holds exactly what matches now, and arranges for a second look when one of
+// settled reports whether a workload holds exactly what matches now, or it cannot be told what does, and arranges for a second look when one of
 // the entries expires.
 func (h *hub) settled(w *watch) bool {
 	sel := make([]identity.Selector, len(w.postings))
 	for i, p := range w.postings {
 		sel[i] = p.sel
 	}
-	entries := h.matching(sel)
+	entries, decided := h.matching(sel)
+	if !decided {
+		return true
+	}
 	h.federate(w, entries)
 	same := len(entries) == len(w.held)
 	for _, e := range entries {
@@ -311,7 +314,7 @@ func (h *hub) apply(changes []identity.Change) {
 				}
 			}
 			if c.NewEntry != nil {
-				h.having(c.NewEntry.Selectors, concerned)
+				h.having(identity.WithoutFacts(c.NewEntry.Selectors), concerned)
 			}
 		}
 	}

@@ -177,7 +177,7 @@ func (s *Server) prepareX509(ctx context.Context, who call, req *workloadv1.X509
 	if err != nil {
 		return fail(err)
 	}
-	w.res.Selectors, w.workload = api.SelectorsToWire(sel), workloadOf(sel)
+	w.res.Selectors, w.workload = api.SelectorsToWire(identity.WithoutFacts(sel)), workloadOf(sel) // agents need not know labels
 	now := s.cfg.Now()
 	grants, unusable, err := s.entitled(sel, now)
 	if err != nil {
@@ -357,14 +357,15 @@ func checkAudience(aud []string) error {
 	return nil
 }
 
-// prove turns evidence into selectors, sorted: what the token proves, what the agent may say on its own, and
-// what is known of the agent. Nothing else counts.
+// prove turns evidence into selectors, sorted: what the token proves, what the API server says of its pod, what the agent may say on
+// its own, and what is known of the agent. Nothing else counts.
 func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) ([]identity.Selector, error) {
 	seen, err := identity.ParseSelectors(ev.GetSelectors())
 	if err != nil {
 		return nil, err
 	}
 	token := ev.GetToken()
+	var pod *kube.Claims
 	if who.kind == guest {
 		if len(seen) > 0 || token == "" {
 			return nil, fmt.Errorf("%w: a caller without a certificate shows its pod's service account token and nothing else", identity.ErrUnauthenticated)
@@ -393,12 +394,16 @@ func (s *Server) prove(ctx context.Context, who call, ev *workloadv1.Evidence) (
 			// Who owns a banned agent's node has its pods' tokens, and must not come with them by this way either.
 			return nil, fmt.Errorf("%w: the agent of node %q of kube cluster %q is banned, and so are the node's pods without an agent", identity.ErrDenied, claims.NodeName, claims.Cluster)
 		}
-		seen = append(seen, claims.Selectors()...)
+		seen, pod = append(seen, claims.Selectors()...), claims
 	}
 	if who.agent != nil {
 		seen = append(seen, who.agent.Selectors...)
 	}
-	return identity.SortSelectors(seen), nil
+	seen = identity.SortSelectors(seen)
+	if pod == nil {
+		return seen, nil
+	}
+	return s.withFacts(ctx, who, pod, seen)
 }
 
 const (

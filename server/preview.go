@@ -51,8 +51,8 @@ func (s previewService) CreateEntry(_ context.Context, req *adminv1.Entry) (*adm
 
 // mayBeEntry makes the checks that the state makes.
 func (s *Server) mayBeEntry(e *identity.Entry) error {
-	if (e.Downstream || e.AdminRole != "") && s.cfg.State.Level() < levelPower {
-		return fmt.Errorf("%w: a downstream entry, or an admin's role, must wait until every member runs this version: countersign cluster status shows versions", identity.ErrPrecondition)
+	if (e.Downstream || e.AdminRole != "" || slices.ContainsFunc(e.Selectors, identity.Selector.Fact)) && s.cfg.State.Level() < levelPower {
+		return fmt.Errorf("%w: a downstream entry, an admin's role, or a selector of labels or owners must wait until every member runs this version: countersign cluster status shows versions", identity.ErrPrecondition)
 	}
 	for _, o := range s.cfg.State.Match(e.Selectors) {
 		if o.ID != e.ID && o.SPIFFEID == e.SPIFFEID && slices.Equal(o.Selectors, e.Selectors) {
@@ -64,7 +64,11 @@ func (s *Server) mayBeEntry(e *identity.Entry) error {
 
 // gains says who would have what by an entry.
 func (s *Server) gains(out *effects, e *identity.Entry) {
-	out.add("%d workloads that agents serve at this member have these selectors now", s.hub.count(e.Selectors))
+	if rest := identity.WithoutFacts(e.Selectors); len(rest) < len(e.Selectors) {
+		out.add("%d workloads that agents serve at this member have these selectors now, but for labels and owners: %s", s.hub.count(rest), api.SelectorsToWire(rest))
+	} else {
+		out.add("%d workloads that agents serve at this member have these selectors now", s.hub.count(e.Selectors))
+	}
 	if role := e.Power(); role != "" {
 		out.add("whoever has %s becomes an admin with the role %s, with the next SVID", e.SPIFFEID, role)
 	}

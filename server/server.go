@@ -33,6 +33,7 @@ import (
 	memberv1 "countersign.io/countersign/api/member/v1"
 	nodev1 "countersign.io/countersign/api/node/v1"
 	workloadv1 "countersign.io/countersign/api/workload/v1"
+	"countersign.io/countersign/attestor/kube"
 	"countersign.io/countersign/ca"
 	"countersign.io/countersign/identity"
 )
@@ -286,7 +287,9 @@ func (s *Server) Run(ctx context.Context) error {
 	told := ctx // ends first: a listener that its owner closes at the same moment is no fault
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return ended(told, s.cfg.State.Watch(ctx, s.changed)) })
-	g.Go(func() error { return ended(told, s.cfg.Pods.Run(ctx, s.hub.podGone)) })
+	g.Go(func() error {
+		return ended(told, s.cfg.Pods.Run(ctx, kube.Events{Gone: s.hub.podGone, Changed: s.hub.podChanged}))
+	})
 	g.Go(func() error { return ended(told, s.cfg.CA.Run(ctx)) })
 	g.Go(func() error { return s.watchReady(ctx) })
 	if s.cfg.Sealing.on() {
@@ -340,7 +343,7 @@ func ended(ctx context.Context, err error) error {
 
 // changed takes up changes of the state, in order. What verifies and signs comes before those who will ask.
 func (s *Server) changed(changes []identity.Change) {
-	var reset, bundle, clusters, rotation bool
+	var reset, bundle, clusters, rotation, facts bool
 	if slices.ContainsFunc(changes, concernsSeal) {
 		s.seal.wake()
 	}
@@ -354,6 +357,7 @@ func (s *Server) changed(changes []identity.Change) {
 		if c.AgentGone && c.Agent != nil {
 			s.evicted.add(c.Agent.ID, s.cfg.Now())
 		}
+		facts = facts || c.Reset || namesFacts(c.OldEntry) || namesFacts(c.NewEntry)
 		clusters = clusters || c.KubeCluster != "" || c.Reset
 	}
 	if reset {
@@ -369,6 +373,9 @@ func (s *Server) changed(changes []identity.Change) {
 	}
 	if clusters {
 		s.takeClusters()
+	}
+	if facts {
+		s.cfg.Pods.SetInterest(s.cfg.State.Interests())
 	}
 	if reset || clusters { // a cluster may have taken the agents' account off its list
 		s.hub.endIf(s.agentGone)
@@ -433,17 +440,4 @@ func (s *Server) agentGone(id string) error {
 		return goneError(a)
 	}
 	return s.accountAllowed(a)
-}
-
-// matching is entitled for the hub: the entries that would be issued by.
-func (s *Server) matching(sel []identity.Selector) []*identity.Entry {
-	grants, _, err := s.entitled(sel, s.cfg.Now())
-	if err != nil {
-		return nil
-	}
-	out := make([]*identity.Entry, len(grants))
-	for i, g := range grants {
-		out[i] = g.entry
-	}
-	return out
 }

@@ -30,6 +30,11 @@ type EntryReader interface {
 	// AdminEntries returns the entries that give power (identity.Entry.Power) to exactly this SPIFFE ID. It is asked at every
 	// issuance.
 	AdminEntries(id string) []*identity.Entry
+	// FactsMatter reports whether an entry could match a workload with these selectors (sorted) if its labels or its owner were
+	// known. It is asked at every issuance.
+	FactsMatter(sel []identity.Selector) bool
+	// Interests are which labels and owners entries name, by kube cluster.
+	Interests() map[string]identity.Interest
 }
 
 // Registry is who may speak: kube clusters and agents.
@@ -124,6 +129,12 @@ type Pods interface {
 	// a pod on a node; its errors must wrap identity.ErrUnauthenticated, or ErrUnavailable when it cannot tell.
 	Verify(ctx context.Context, token []byte) (*kube.Claims, error)
 	SetClusters([]identity.KubeCluster) error
-	// Run calls gone for each pod that ended, until ctx ends.
-	Run(ctx context.Context, gone func(cluster, podUID string)) error
+	// SetInterest says which facts of pods entries name, by kube cluster.
+	SetInterest(map[string]identity.Interest)
+	// Facts are those of a pod as selectors. Its errors are as Verify's: it must wrap identity.ErrUnavailable when it cannot tell.
+	Facts(ctx context.Context, pod *kube.Claims) ([]identity.Selector, error)
+	// KnownFacts are the same as this member knows by itself; false: it cannot tell. It must not block.
+	KnownFacts(cluster, namespace, podUID string) ([]identity.Selector, bool)
+	// Run tells of each pod that ended, and of each of which other facts are known, until ctx ends.
+	Run(ctx context.Context, tell kube.Events) error
 }

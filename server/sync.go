@@ -137,7 +137,7 @@ func (s *Server) watch(sess *session, w *nodev1.Watch) error {
 			}
 			holds[i] = held{id: e.GetId(), revision: e.GetRevision()}
 		}
-		if err := s.hub.set(sess, wl.Handle, identity.SortSelectors(sel), holds); err != nil {
+		if err := s.hub.set(sess, wl.Handle, identity.SortSelectors(identity.WithoutFacts(sel)), holds); err != nil {
 			return err
 		}
 	}

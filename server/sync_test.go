@@ -385,7 +385,7 @@ func TestSyncRefusesNonsense(t *testing.T) {
 
 // What one agent makes a member remember is bounded, and what it gives up is its again.
 func TestHubBoundsAnAgent(t *testing.T) {
-	h := newHub(func([]identity.Selector) []*identity.Entry { return nil }, time.Now)
+	h := newHub(func([]identity.Selector) ([]*identity.Entry, bool) { return nil, true }, time.Now)
 	s, err := h.open("a", "")
 	if err != nil {
 		t.Fatal(err)

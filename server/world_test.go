@@ -128,7 +128,7 @@ func newWorldOn(t testing.TB, lc ListenConfig, edits ...func(*Config)) *world {
 	must(err)
 	v, err := kube.New(kube.Config{Log: log, Now: time.Now})
 	must(err)
-	w.pods = testPods{Verifier: v, gone: make(chan func(func(string, string)))}
+	w.pods = testPods{Verifier: v, tell: make(chan func(kube.Events)), facts: &testFacts{}}
 	w.kubeKey, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(err)
 	lc.TCP, err = net.Listen("tcp", "127.0.0.1:0")

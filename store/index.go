@@ -126,3 +126,20 @@ func (n *node) match(sel []identity.Selector, out *[]*entryRecord) {
 		}
 	}
 }
+
+// any reports whether match would find anything.
+func (n *node) any(sel []identity.Selector) bool {
+	for _, r := range n.own {
+		if identity.Subset(r.Selectors, sel) {
+			return true
+		}
+	}
+	if len(n.kids) > 0 {
+		for _, s := range sel {
+			if kid := n.kids[s]; kid != nil && kid.any(sel) {
+				return true
+			}
+		}
+	}
+	return false
+}

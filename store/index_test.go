@@ -125,7 +125,7 @@ func BenchmarkMatch(b *testing.B) {
 		for _, n := range []int{1_000, 10_000, 100_000} {
 			b.Run(fmt.Sprintf("layout=%s/entries=%d", name, n), func(b *testing.B) {
 				entries, workload := layout(n)
-				s := &Store{view: &view{entries: map[string]*entryRecord{}, index: newMatchIndex()}}
+				s := &Store{view: &view{entries: map[string]*entryRecord{}, index: newMatchIndex(), facts: newFactIndex()}}
 				for _, r := range entries {
 					s.view.putEntry(r)
 				}

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"countersign.io/countersign/identity"
@@ -11,7 +12,7 @@ import (
 // Level is the highest level that this version knows. A cluster's level says which commands, kinds of records and fields
 // of them its members can all apply: 1 is what there was before levels, 2 adds set_level itself, admit_agent, the seal's
 // terms, the life of authorities and their rotations, what other clusters of the trust domain publish, downstream entries,
-// roles of admin entries, and federation. It is part of the
+// roles of admin entries, selectors of labels and owners, and federation. It is part of the
 // state and only goes up. What a level adds is refused below it, by the Writer before it proposes, since a member that knows
 // less would stop, and by Apply.
 const Level = 2
@@ -43,7 +44,7 @@ func (t state) level() (uint32, error) {
 }
 
 func levelOfEntry(e *identity.Entry) uint32 {
-	if e.Downstream || e.AdminRole != "" || !e.PowerSince.IsZero() {
+	if e.Downstream || e.AdminRole != "" || !e.PowerSince.IsZero() || slices.ContainsFunc(e.Selectors, identity.Selector.Fact) {
 		return level2
 	}
 	return 1

@@ -18,6 +18,7 @@ type view struct {
 	level       uint32
 	entries     map[string]*entryRecord
 	index       *matchIndex
+	facts       *factIndex
 	agents      map[string]*identity.Agent
 	bannedNodes map[kubeNode]struct{}        // those that a banned agent speaks for; a ban is for good, so this only grows
 	downstream  map[string][]*entryRecord    // by SPIFFE ID, those that are; the slices never change
@@ -36,7 +37,7 @@ type kubeNode struct{ cluster, name string }
 func loadView(tx *bbolt.Tx, td spiffeid.TrustDomain) (*view, error) {
 	t := state{tx}
 	v := &view{
-		revision: t.counter(metaApplied), entries: make(map[string]*entryRecord), index: newMatchIndex(),
+		revision: t.counter(metaApplied), entries: make(map[string]*entryRecord), index: newMatchIndex(), facts: newFactIndex(),
 		agents: make(map[string]*identity.Agent), bannedNodes: make(map[kubeNode]struct{}), kube: make(map[string]*identity.KubeCluster),
 		downstream: make(map[string][]*entryRecord), admins: make(map[string][]*identity.Entry), federations: make(map[string]*federation),
 	}
@@ -88,6 +89,7 @@ func (v *view) putEntry(r *entryRecord) {
 	v.removeEntry(r.ID)
 	v.entries[r.ID] = r
 	v.index.insert(r)
+	v.facts.insert(r)
 	if r.Downstream {
 		v.downstream[r.SPIFFEID] = append(slices.Clone(v.downstream[r.SPIFFEID]), r)
 	}
@@ -103,6 +105,7 @@ func (v *view) removeEntry(id string) {
 	}
 	delete(v.entries, id)
 	v.index.remove(id)
+	v.facts.remove(old)
 	if old.Downstream {
 		without(v.downstream, old.SPIFFEID, func(r *entryRecord) bool { return r.ID == id })
 	}

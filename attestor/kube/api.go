@@ -11,13 +11,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	authv1 "k8s.io/api/authentication/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
@@ -47,6 +46,9 @@ type apiServer struct {
 	cfg                 Config
 	cluster, kubeconfig string
 	pods                *podSet
+	// namespaces are by name, replicaSets by UID
+	namespaces, replicaSets objectSet
+	wants                   atomic.Pointer[interest] // nil: entries name no facts
 
 	mu          sync.Mutex
 	made        *apiClient
@@ -54,6 +56,7 @@ type apiServer struct {
 	fault       error       // why there is no client
 	tried       time.Time   // when that was tried
 	reviewFault error       // of the last TokenReview
+	wantsOther  chan struct{}
 }
 
 // apiClient is immutable.
@@ -61,11 +64,15 @@ type apiClient struct {
 	host   *url.URL
 	http   *http.Client // with the kubeconfig's credentials and CA
 	review rest.Interface
-	pods   metadata.Getter
+	meta   metadata.Interface
+	fault  error // set: there is no client, and this is why
 }
 
 func newAPIServer(cfg Config, cluster, kubeconfig string) *apiServer {
-	return &apiServer{cfg: cfg, cluster: cluster, kubeconfig: kubeconfig, pods: newPodSet(cfg.MaxTombstones)}
+	a := &apiServer{cfg: cfg, cluster: cluster, kubeconfig: kubeconfig, pods: newPodSet(cfg.MaxTombstones), wantsOther: make(chan struct{})}
+	a.namespaces.clear()
+	a.replicaSets.clear()
+	return a
 }
 
 // client makes the client if there is none, or anew if the kubeconfig was replaced; a faulty one is read again no sooner
@@ -153,7 +160,7 @@ func newAPIClient(kubeconfig string) (*apiClient, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kubeconfig %s: %w", kubeconfig, err)
 	}
-	return &apiClient{host: host, http: &hc, review: review, pods: meta.Resource(schema.GroupVersionResource{Version: "v1", Resource: "pods"})}, nil
+	return &apiClient{host: host, http: &hc, review: review, meta: meta}, nil
 }
 
 // loadKubeconfig never quotes the file: a wrong path may lead to a secret.
@@ -300,7 +307,7 @@ func (a *apiServer) podExists(ctx context.Context, namespace, name, podUID strin
 	}
 	ctx, cancel := context.WithTimeout(ctx, a.cfg.RequestTimeout)
 	defer cancel()
-	pod, err := client.pods.Namespace(namespace).Get(ctx, name, metav1.GetOptions{})
+	pod, err := a.askObject(ctx, client, "pods", namespace, name)
 	switch {
 	case apierrors.IsNotFound(err):
 		return false, nil

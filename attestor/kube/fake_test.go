@@ -171,6 +171,8 @@ type fakeAPI struct {
 	revision int
 	oldest   int // watches from before it get 410
 	streams  map[chan podEvent]bool
+
+	namespaces, replicaSets fakeObjects
 }
 
 func newFakeAPI(t testing.TB) *fakeAPI {
@@ -189,6 +191,10 @@ func newFakeAPI(t testing.TB) *fakeAPI {
 	})
 	mux.HandleFunc("POST /apis/authentication.k8s.io/v1/tokenreviews", f.serveReview)
 	mux.HandleFunc("GET /api/v1/pods", f.servePods)
+	mux.HandleFunc("GET /api/v1/namespaces", f.namespaces.serveAll(f, "namespaces"))
+	mux.HandleFunc("GET /api/v1/namespaces/{name}", f.namespaces.serveOne(f, "namespaces"))
+	mux.HandleFunc("GET /apis/apps/v1/replicasets", f.replicaSets.serveAll(f, "replicasets"))
+	mux.HandleFunc("GET /apis/apps/v1/namespaces/{ns}/replicasets/{name}", f.replicaSets.serveOne(f, "replicasets"))
 	mux.HandleFunc("GET /api/v1/namespaces/{ns}/pods/{name}", f.serveGet)
 	f.Server = httptest.NewUnstartedServer(mux)
 	f.Config.ErrorLog = log.New(io.Discard, "", 0)

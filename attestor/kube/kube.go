@@ -6,9 +6,11 @@
 // one but the claims that name things (issuer, audience, namespace, pod), quoted and cut short.
 //
 // With a kubeconfig a member also watches the cluster's pods, remembering nothing but their UIDs, so that the
-// tokens of a pod are refused, and its identity ended, as soon as it is gone. The kubeconfig's user needs: create on
+// tokens of a pod are refused, and its identity ended, as soon as it is gone; and, while entries name labels or owners, those
+// labels and owners (facts.go). The kubeconfig's user needs: create on
 // tokenreviews.authentication.k8s.io (ClusterRole system:auth-delegator) for TokenReview; get, list and watch on
-// pods; and for a JWKS behind the API server ClusterRole system:service-account-issuer-discovery.
+// pods, and for labels of namespaces and owners on namespaces and replicasets.apps; and for a JWKS behind the API server
+// ClusterRole system:service-account-issuer-discovery.
 //
 // One faulty cluster (a kubeconfig that cannot be read, a JWKS endpoint that hangs) never affects another.
 package kube
@@ -55,9 +57,11 @@ type Config struct {
 type Verifier struct {
 	cfg      Config
 	clusters atomic.Pointer[clusterSet]
-	setMu    sync.Mutex    // held by SetClusters
-	changed  chan struct{} // tells Run that clusters has changed; of capacity 1
-	running  atomic.Bool
+	setMu    sync.Mutex // held by SetClusters and SetInterest
+	// interests is what SetInterest was given last
+	interests map[string]identity.Interest
+	changed   chan struct{} // tells Run that clusters has changed; of capacity 1
+	running   atomic.Bool
 }
 
 // clusterSet is immutable once published.
@@ -145,6 +149,7 @@ func (v *Verifier) makeCluster(k identity.KubeCluster, old *cluster) (*cluster, 
 			c.api = old.api
 		} else {
 			c.api = newAPIServer(v.cfg, k.Name, k.Kubeconfig)
+			c.api.setInterest(newInterest(v.interests[k.Name]))
 		}
 	}
 	if len(k.JWKS) > 0 || k.JWKSURL != "" {

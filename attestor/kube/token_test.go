@@ -304,12 +304,12 @@ func TestNewRefuses(t *testing.T) {
 		t.Error("made without a log and a clock")
 	}
 	r := newRig(t, time.Now)
-	if err := r.Run(t.Context(), nil); err == nil {
+	if err := r.Run(t.Context(), Events{}); err == nil {
 		t.Error("ran without gone")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := r.Run(ctx, func(string, string) {}); err != nil {
+	if err := r.Run(ctx, Events{func(string, string) {}, func(string, string, string) {}}); err != nil {
 		t.Errorf("ended by its context: %v", err)
 	}
 }

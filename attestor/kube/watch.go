@@ -8,10 +8,11 @@ import (
 	"sync"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/metadata"
 
 	"countersign.io/countersign/identity"
 )
@@ -21,88 +22,20 @@ const (
 	maxPods  = 500_000 // of one cluster: three times what Kubernetes is tested with, and 50 MiB
 )
 
-// podSet is what is known of a cluster's pods.
-type podSet struct {
-	mu       sync.RWMutex
-	live     map[string]struct{} // UIDs; nil before the first list
-	watching bool
-	fault    error
-	gone     *lru.Cache[string, struct{}]
+// Events is what Run tells. Both must not block for long.
+type Events struct {
+	// Gone is called for each pod that ended, after its tokens are refused already: once per pod.
+	Gone func(cluster, podUID string)
+	// Changed is called when other facts are known of a pod than before, or of all pods of a namespace: podUID is then empty. It may
+	// be called when nothing changed.
+	Changed func(cluster, namespace, podUID string)
 }
 
-func newPodSet(tombstones int) *podSet {
-	gone, _ := lru.New[string, struct{}](max(tombstones, 1)) // fails for a size below 1 only
-	return &podSet{gone: gone}
-}
-
-func (p *podSet) isGone(uid string) bool { return p.gone.Contains(uid) }
-
-// suspect reports whether the pods are being watched and this one is not among them.
-func (p *podSet) suspect(uid string) bool {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	_, live := p.live[uid]
-	return p.watching && !live
-}
-
-func (p *podSet) status() (watching bool, pods int, fault error) {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	return p.watching, len(p.live), p.fault
-}
-
-// replace takes a full list and returns the UIDs that are no longer there.
-func (p *podSet) replace(live map[string]struct{}) []string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var gone []string
-	for uid := range p.live {
-		if _, ok := live[uid]; !ok {
-			p.gone.Add(uid, struct{}{})
-			gone = append(gone, uid)
-		}
-	}
-	// A UID comes back only when the cluster was restored from a backup.
-	for _, uid := range p.gone.Keys() {
-		if _, ok := live[uid]; ok {
-			p.gone.Remove(uid)
-		}
-	}
-	p.live = live
-	return gone
-}
-
-func (p *podSet) add(uid string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.live) < maxPods { // the API server is asked about one that is left out
-		p.live[uid] = struct{}{}
-	}
-	p.gone.Remove(uid)
-}
-
-func (p *podSet) remove(uid string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.live, uid)
-	p.gone.Add(uid, struct{}{})
-}
-
-// setState reports whether the fault is news.
-func (p *podSet) setState(watching bool, fault error) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	news := fault != nil && (p.fault == nil || p.fault.Error() != fault.Error())
-	p.watching, p.fault = watching, fault
-	return news
-}
-
-// Run watches the pods of every cluster that has a kubeconfig and keeps fetched keys fresh, following SetClusters, until
-// ctx ends; it then returns nil. gone is called for each pod that ended, after its tokens are refused already: once per
-// pod, from one goroutine per cluster. It must not block for long.
-func (v *Verifier) Run(ctx context.Context, gone func(cluster, podUID string)) error {
-	if gone == nil {
-		return errors.New("running kube verifier: gone must be set")
+// Run watches the pods of every cluster that has a kubeconfig, and what else entries name of them, and keeps fetched keys fresh,
+// following SetClusters and SetInterest, until ctx ends; it then returns nil.
+func (v *Verifier) Run(ctx context.Context, tell Events) error {
+	if tell.Gone == nil || tell.Changed == nil {
+		return errors.New("running kube verifier: Gone and Changed must be set")
 	}
 	if !v.running.CompareAndSwap(false, true) {
 		return errors.New("running kube verifier: it runs already")
@@ -123,7 +56,7 @@ func (v *Verifier) Run(ctx context.Context, gone func(cluster, podUID string)) e
 				want[c.keys] = c.keys.run
 			}
 			if c.api != nil {
-				want[c.api] = func(ctx context.Context) { c.api.watch(ctx, gone) }
+				want[c.api] = func(ctx context.Context) { c.api.run(ctx, tell) }
 			}
 		}
 		for k, stop := range jobs {
@@ -147,17 +80,80 @@ func (v *Verifier) Run(ctx context.Context, gone func(cluster, podUID string)) e
 	}
 }
 
-// watch follows the pods until ctx ends.
-func (a *apiServer) watch(ctx context.Context, gone func(cluster, podUID string)) {
+// table takes what a watch of one kind of object tells.
+type table interface {
+	begin()                                 // a list begins
+	listed(m *metav1.PartialObjectMetadata) // one of the list
+	len() int                               // how many different ones the list had so far
+	commit()                                // the list is complete: what it did not have is gone
+	put(m *metav1.PartialObjectMetadata)    // it came, or changed
+	drop(m *metav1.PartialObjectMetadata)   // it went
+	setState(watching bool, fault error) (news bool)
+}
+
+// resources are the kinds of objects that are watched, by their names.
+func resources() map[string]schema.GroupVersionResource {
+	return map[string]schema.GroupVersionResource{
+		"pods":        {Version: "v1", Resource: "pods"},
+		"namespaces":  {Version: "v1", Resource: "namespaces"},
+		"replicasets": {Group: "apps", Version: "v1", Resource: "replicasets"},
+	}
+}
+
+// run watches the pods, and namespaces and ReplicaSets while an entry names what they say, until ctx ends.
+func (a *apiServer) run(ctx context.Context, tell Events) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	always := func(*interest) bool { return true }
+	for _, w := range []struct {
+		resource string
+		wanted   func(*interest) bool
+		table    func(*interest) table
+		forget   func()
+	}{
+		{"pods", always, func(i *interest) table { return &podTable{a: a, want: i, tell: tell} }, func() {}},
+		{"namespaces", func(i *interest) bool { return i != nil && len(i.namespaces) > 0 }, func(i *interest) table { return &namespaceTable{a: a, want: i, tell: tell} }, a.namespaces.clear},
+		{"replicasets", func(i *interest) bool { return i != nil && i.owners }, func(i *interest) table {
+			return &replicaSetTable{a: a, want: i, tell: tell, news: make(map[string]struct{})}
+		}, a.replicaSets.clear},
+	} {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				want, other := a.wanted()
+				if !w.wanted(want) {
+					w.forget()
+					select {
+					case <-ctx.Done():
+					case <-other:
+					}
+					continue
+				}
+				wctx, stop := context.WithCancel(ctx)
+				wg.Go(func() {
+					select {
+					case <-wctx.Done():
+					case <-other:
+						stop()
+					}
+				})
+				a.watch(wctx, w.resource, w.table(want))
+				stop()
+			}
+		})
+	}
+}
+
+// watch follows one kind of object until ctx ends.
+func (a *apiServer) watch(ctx context.Context, resource string, to table) {
 	wait := a.cfg.RetryInterval
-	defer a.pods.setState(false, nil)
+	defer to.setState(false, nil)
 	for {
-		progress, err := a.listAndWatch(ctx, func(uid string) { gone(a.cluster, uid) })
+		progress, err := a.listAndWatch(ctx, resource, to)
 		if ctx.Err() != nil {
 			return
 		}
-		if a.pods.setState(false, err) {
-			a.cfg.Log.Warn("cannot watch the pods of a kube cluster; the end of a pod is noticed late", "cluster", a.cluster, "error", err)
+		if to.setState(false, err) {
+			a.cfg.Log.Warn("cannot watch the "+resource+" of a kube cluster; what ends or changes there is noticed late", "cluster", a.cluster, "error", err)
 		}
 		if progress {
 			wait = a.cfg.RetryInterval
@@ -174,17 +170,18 @@ func (a *apiServer) watch(ctx context.Context, gone func(cluster, podUID string)
 }
 
 // listAndWatch returns when the watch must begin anew with a list; progress says that events came.
-func (a *apiServer) listAndWatch(ctx context.Context, gone func(podUID string)) (progress bool, err error) {
+func (a *apiServer) listAndWatch(ctx context.Context, resource string, to table) (progress bool, err error) {
 	client, err := a.client()
 	if err != nil {
 		return false, err
 	}
-	revision, err := a.list(ctx, client, gone)
+	from := client.meta.Resource(resources()[resource])
+	revision, err := a.list(ctx, from, to)
 	if err != nil {
-		return false, a.failure(client, "listing the pods", "list on pods", err, "")
+		return false, a.failure(client, "listing the "+resource, "list on "+resource, err, "")
 	}
 	for {
-		next, err := a.follow(ctx, client, revision, gone)
+		next, err := a.follow(ctx, from, revision, to)
 		if next != revision {
 			progress = true
 		}
@@ -192,7 +189,7 @@ func (a *apiServer) listAndWatch(ctx context.Context, gone func(podUID string)) 
 			return progress, nil
 		}
 		if err != nil {
-			return progress, a.failure(client, "watching the pods", "watch on pods", err, "")
+			return progress, a.failure(client, "watching the "+resource, "watch on "+resource, err, "")
 		}
 		if next == revision { // closed without a word: not to be asked again at once
 			return progress, nil
@@ -201,67 +198,62 @@ func (a *apiServer) listAndWatch(ctx context.Context, gone func(podUID string)) 
 	}
 }
 
-// list reads the pods page by page, keeping the UIDs alone, and tells which of those known before are gone.
-func (a *apiServer) list(ctx context.Context, client *apiClient, gone func(podUID string)) (revision string, err error) {
-	live := make(map[string]struct{})
+// list reads the objects page by page.
+func (a *apiServer) list(ctx context.Context, from metadata.Getter, to table) (revision string, err error) {
+	to.begin()
 	opts := metav1.ListOptions{Limit: listPage}
 	for {
 		pctx, cancel := context.WithTimeout(ctx, a.cfg.ListTimeout)
-		page, err := client.pods.List(pctx, opts)
+		page, err := from.List(pctx, opts)
 		cancel()
 		if err != nil {
 			return "", err
 		}
-		before := len(live)
+		before := to.len()
 		for i := range page.Items {
-			if id := string(page.Items[i].UID); uid.MatchString(id) {
-				live[id] = struct{}{}
-			}
+			to.listed(&page.Items[i])
 		}
 		revision, opts.Continue = page.ResourceVersion, page.Continue
 		if opts.Continue == "" {
 			break
 		}
-		if len(live) == before || len(live) > maxPods {
-			return "", fmt.Errorf("the list does not end: there is more after %d pods, at the most %d", len(live), maxPods)
+		if n := to.len(); n == before || n > maxPods {
+			return "", fmt.Errorf("the list does not end: there is more after %d objects, at the most %d", n, maxPods)
 		}
 	}
-	for _, uid := range a.pods.replace(live) {
-		gone(uid)
-	}
+	to.commit()
 	return revision, nil
 }
 
 // follow watches from the revision until the API server closes the watch, and returns the last revision seen.
-func (a *apiServer) follow(ctx context.Context, client *apiClient, revision string, gone func(podUID string)) (string, error) {
+func (a *apiServer) follow(ctx context.Context, from metadata.Getter, revision string, to table) (string, error) {
 	// At random, so that members do not all come back at once. An API server that neither speaks nor ends the watch when it was
 	// asked to would keep us believing that no pod ends.
 	last := a.cfg.WatchTime + rand.N(a.cfg.WatchTime)
 	ctx, cancel := context.WithTimeout(ctx, last+a.cfg.WatchTime/10)
 	defer cancel()
 	seconds := int64(last/time.Second) + 1
-	w, err := client.pods.Watch(ctx, metav1.ListOptions{ResourceVersion: revision, AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
+	w, err := from.Watch(ctx, metav1.ListOptions{ResourceVersion: revision, AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
 	if err != nil {
 		return revision, err
 	}
 	defer w.Stop()
-	a.pods.setState(true, nil)
+	to.setState(true, nil)
 	for ev := range w.ResultChan() {
 		if ev.Type == watch.Error {
 			return revision, apierrors.FromObject(ev.Object)
 		}
-		pod, ok := ev.Object.(*metav1.PartialObjectMetadata)
+		m, ok := ev.Object.(*metav1.PartialObjectMetadata)
 		if !ok {
 			return revision, fmt.Errorf("%w: a watch event with a %T", identity.ErrUnavailable, ev.Object)
 		}
-		revision = pod.ResourceVersion
-		switch {
-		case ev.Type == watch.Bookmark || !uid.MatchString(string(pod.UID)):
-		case ev.Type == watch.Deleted:
-			a.pods.remove(string(pod.UID))
-			gone(string(pod.UID))
+		revision = m.ResourceVersion
+		switch ev.Type {
+		case watch.Bookmark:
+		case watch.Deleted:
+			to.drop(m)
 		default:
-			a.pods.add(string(pod.UID))
+			to.put(m)
 		}
 	}
 	return revision, nil

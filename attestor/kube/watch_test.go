@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,10 +15,22 @@ import (
 // run starts the verifier and returns what it says is gone; the test's end stops it and waits.
 func (r *rig) run(t *testing.T) <-chan string {
 	t.Helper()
-	gone := make(chan string, 1000)
+	gone, _ := r.runTelling(t)
+	return gone
+}
+
+// runTelling returns as well of which pods, or namespaces, other facts are known.
+func (r *rig) runTelling(t *testing.T) (gone, changed chan string) {
+	t.Helper()
+	gone, changed = make(chan string, 1000), make(chan string, 1000)
 	done := make(chan error, 1)
 	ctx, cancel := context.WithCancel(context.Background())
-	go func() { done <- r.Run(ctx, func(cluster, uid string) { gone <- cluster + "/" + uid }) }()
+	go func() {
+		done <- r.Run(ctx, Events{
+			Gone:    func(cluster, uid string) { gone <- cluster + "/" + uid },
+			Changed: func(_, ns, uid string) { changed <- cmp.Or(uid, ns) },
+		})
+	}()
 	t.Cleanup(func() {
 		cancel()
 		select {
@@ -29,7 +42,7 @@ func (r *rig) run(t *testing.T) <-chan string {
 			t.Error("Run did not end")
 		}
 	})
-	return gone
+	return gone, changed
 }
 
 func await[T any](t *testing.T, c <-chan T, what string) T {
@@ -282,7 +295,7 @@ func TestRunFollowsSetClusters(t *testing.T) {
 	for keys.fetches.Load() == 0 {
 		await(t, time.After(time.Millisecond), "")
 	}
-	if err := r.Run(t.Context(), func(string, string) {}); err == nil {
+	if err := r.Run(t.Context(), Events{func(string, string) {}, func(string, string, string) {}}); err == nil {
 		t.Error("ran twice")
 	}
 	select {
