@@ -127,7 +127,7 @@ func (h *Home) checkLive(ctx context.Context, claims *Claims) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, h.cfg.RequestTimeout)
 	defer cancel()
-	pod, err := client.pods.Namespace(claims.Namespace).Get(ctx, claims.PodName, metav1.GetOptions{})
+	pod, err := h.api.askObject(ctx, client, "pods", claims.Namespace, claims.PodName)
 	switch {
 	case apierrors.IsNotFound(err):
 		return errGone(claims)
