@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -75,10 +74,6 @@ func startNode() (n *node.Node, err error) {
 	if err != nil {
 		return nil, err
 	}
-	hold := filepath.Join(programs, "hold")
-	if out, err := exec.Command("go", "build", "-o", hold, "./node/hold").CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("building hold: %w\n%s", err, out)
-	}
 	dir, err := os.MkdirTemp("", "cs-n-")
 	if err != nil {
 		return nil, err
@@ -88,7 +83,7 @@ func startNode() (n *node.Node, err error) {
 		return nil, err
 	}
 	n, err = node.Start(ctx, node.Config{
-		Dir: dir, Bin: kube, Debs: filepath.Join(kube, "debs"), Hold: hold, Pause: filepath.Join(programs, "pod"), Issuer: kubeIssuer,
+		Dir: dir, Bin: kube, Debs: filepath.Join(kube, "debs"), Hold: filepath.Join(programs, "hold"), Pause: filepath.Join(programs, "pod"), Issuer: kubeIssuer,
 	})
 	if err != nil {
 		return nil, err

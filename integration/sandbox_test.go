@@ -27,7 +27,7 @@ const tokenVolume = "/var/run/secrets/countersign.io"
 // static builds what runs inside of pods, where there is no C library.
 var static = sync.OnceValues(func() (string, error) {
 	dir := filepath.Join(bin, "static")
-	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/countersign-agent", "./integration/workload", "./integration/pod")
+	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/countersign", "./cmd/countersign-agent", "./integration/workload", "./integration/pod", "./integration/node/hold")
 	cmd.Dir, cmd.Env = "..", append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building: %w\n%s", err, out)

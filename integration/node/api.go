@@ -96,11 +96,11 @@ func (n *Node) call(ctx context.Context, method, path, contentType string, body 
 		return err
 	}
 	defer res.Body.Close()
-	if out == nil {
-		_, err = io.Copy(io.Discard, res.Body)
+	answer, err := io.ReadAll(res.Body)
+	if err != nil || out == nil {
 		return err
 	}
-	return json.NewDecoder(res.Body).Decode(out)
+	return json.Unmarshal(answer, out)
 }
 
 // kind is what the API server calls the objects of a kind in a path.

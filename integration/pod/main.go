@@ -3,6 +3,7 @@
 //
 //	pod -cgroup DIR ... -root DIR -mount FROM:TO ... [-proc] -- PROGRAM ARGS
 //	pod connect SOCKET stay|exec|exit     (see caller.go)
+//	pod follow [SOCKET] [AFTER]           (see follow.go)
 //	pod resolve NAME ...                  prints the addresses of each name in a line
 //	pod pause                             waits to be ended, as the container does that keeps a pod's namespaces
 package main
@@ -34,6 +35,8 @@ func main() {
 		end := make(chan os.Signal, 1)
 		signal.Notify(end, syscall.SIGTERM, syscall.SIGINT)
 		<-end
+	case "follow":
+		err = follow(arg(2), arg(3))
 	case "resolve":
 		err = resolve(os.Args[2:])
 	case "connect":
