@@ -39,12 +39,13 @@ var house = map[string][]string{
 	"agent":            {"identity", "api", "attestor", "internal/durable"},
 	"workloadapi":      {"identity", "attestor", "internal/durable"},
 	"federation":       {"identity"},
+	"deploy":           {"identity"},
 	"cmd":              {"*"},
 	"integration":      {"*"},
 }
 
 // agentMustNotLink is what the node agent must never carry: what it does not link, it cannot do, and need not keep in memory.
-var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server", "audit", "backup", "federation", "internal/vault", "internal/hsm"}
+var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server", "audit", "backup", "federation", "deploy", "internal/vault", "internal/hsm"}
 
 type source struct {
 	path string // slash-separated, from the root
