@@ -299,7 +299,7 @@ func (c *cluster) checkReview(t *token, s *authv1.TokenReviewStatus) error {
 	return nil
 }
 
-// podExists asks for the one pod.
+// podExists asks whether the one pod is there, has not finished, and should not have ended a while ago.
 func (a *apiServer) podExists(ctx context.Context, namespace, name, podUID string) (bool, error) {
 	client, err := a.client()
 	if err != nil {
@@ -312,9 +312,10 @@ func (a *apiServer) podExists(ctx context.Context, namespace, name, podUID strin
 	case apierrors.IsNotFound(err):
 		return false, nil
 	case err != nil:
-		return false, a.failure(client, "asking for a pod", "get on pods", err, "")
+		return false, a.failure(client, "asking for a pod", "list on pods", err, "")
 	}
-	return string(pod.UID) == podUID, nil
+	at, ending := endOf(pod)
+	return string(pod.UID) == podUID && (!ending || a.cfg.Now().Before(at)), nil
 }
 
 // failure words an API server's refusal or silence. secret is a token that the answer might repeat.

@@ -322,7 +322,7 @@ func (a *apiServer) facts(ctx context.Context, c *Claims, client *apiClient) ([]
 			return nil, errGone(c)
 		}
 		if err != nil {
-			return nil, a.untold(client, "a pod", "get on pods", err)
+			return nil, a.untold(client, "a pod", "list on pods", err)
 		}
 		pod = podFacts(m, want)
 	}
@@ -377,6 +377,7 @@ func (a *apiServer) owners(ctx context.Context, namespace string, o owner, want 
 	return out, nil
 }
 
+// askObject asks for one object; a pod that has finished is as one that is not there.
 func (a *apiServer) askObject(ctx context.Context, client *apiClient, resource, namespace, name string) (*metav1.PartialObjectMetadata, error) {
 	switch {
 	case client == nil:
@@ -384,8 +385,19 @@ func (a *apiServer) askObject(ctx context.Context, client *apiClient, resource, 
 	case client.fault != nil:
 		return nil, client.fault
 	}
-	r := client.meta.Resource(resources()[resource])
-	if namespace == "" {
+	of := resources()[resource]
+	r := client.meta.Resource(of)
+	switch {
+	case resource == "pods":
+		list, err := r.Namespace(namespace).List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + name + "," + unfinished})
+		if err != nil {
+			return nil, err
+		}
+		if len(list.Items) != 1 || list.Items[0].Name != name {
+			return nil, apierrors.NewNotFound(of.GroupResource(), name)
+		}
+		return &list.Items[0], nil
+	case namespace == "":
 		return r.Get(ctx, name, metav1.GetOptions{})
 	}
 	return r.Namespace(namespace).Get(ctx, name, metav1.GetOptions{})
@@ -419,20 +431,40 @@ func replicaSetFacts(m *metav1.PartialObjectMetadata, want *interest) *facts {
 
 // podSet is what is known of a cluster's pods.
 type podSet struct {
-	mu    sync.RWMutex
-	live  map[string]*facts // by UID; nil before the first list, and nil of a pod that nothing more is kept of
-	size  int
-	fault error
-	fresh freshness
-	gone  *lru.Cache[string, struct{}]
+	mu   sync.RWMutex
+	live map[string]*facts // by UID; nil before the first list, and nil of a pod that nothing more is kept of
+	// when a pod's tokens end that was asked to end and is still there: its node may be lost, and nobody confirm its end
+	ending map[string]time.Time
+	size   int
+	fault  error
+	fresh  freshness
+	gone   *lru.Cache[string, struct{}]
 }
 
 func newPodSet(tombstones int) *podSet {
 	gone, _ := lru.New[string, struct{}](max(tombstones, 1)) // fails for a size below 1 only
-	return &podSet{gone: gone}
+	return &podSet{gone: gone, ending: make(map[string]time.Time)}
 }
 
-func (p *podSet) isGone(uid string) bool { return p.gone.Contains(uid) }
+// isGone reports whether the pod was seen to go or finish, or should have ended a while ago.
+func (p *podSet) isGone(uid string, now time.Time) bool {
+	if p.gone.Contains(uid) {
+		return true
+	}
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	at, ok := p.ending[uid]
+	return ok && !now.Before(at)
+}
+
+// endOf is when the tokens of a pod that is being deleted are no longer good: a minute after its grace period, as the API server
+// itself has it. ok is false of a pod that goes on.
+func endOf(m *metav1.PartialObjectMetadata) (at time.Time, ok bool) {
+	if m.DeletionTimestamp == nil {
+		return time.Time{}, false
+	}
+	return m.DeletionTimestamp.Add(endLeeway), true
+}
 
 // suspect reports whether the pods are being watched and this one is not among them.
 func (p *podSet) suspect(uid string) bool {
@@ -475,7 +507,7 @@ func (p *podSet) owned(by map[string]struct{}) []string {
 }
 
 // replace takes a full list and returns the UIDs that are no longer there, and those of which other things are known.
-func (p *podSet) replace(live map[string]*facts, size int, now time.Time) (gone, changed []string) {
+func (p *podSet) replace(live map[string]*facts, ending map[string]time.Time, size int, now time.Time) (gone, changed []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for uid := range p.live {
@@ -495,18 +527,22 @@ func (p *podSet) replace(live map[string]*facts, size int, now time.Time) (gone,
 			p.gone.Remove(uid)
 		}
 	}
-	p.live, p.size, p.fresh.heard = live, size, now
+	p.live, p.ending, p.size, p.fresh.heard = live, ending, size, now
 	return gone, changed
 }
 
 // add reports whether what is known of the pod changed.
-func (p *podSet) add(uid string, f *facts) bool {
+func (p *podSet) add(m *metav1.PartialObjectMetadata, f *facts) bool {
+	uid := string(m.UID)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.gone.Remove(uid)
 	old, there := p.live[uid]
 	if !there && len(p.live) >= maxPods { // the API server is asked about one that is left out
 		return false
+	}
+	if at, ok := endOf(m); ok {
+		p.ending[uid] = at
 	}
 	if p.size += f.bytes() - old.bytes(); p.size > maxFactBytes {
 		p.size -= f.bytes()
@@ -521,6 +557,7 @@ func (p *podSet) remove(uid string) {
 	defer p.mu.Unlock()
 	p.size -= p.live[uid].bytes()
 	delete(p.live, uid)
+	delete(p.ending, uid)
 	p.gone.Add(uid, struct{}{})
 }
 

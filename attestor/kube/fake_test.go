@@ -171,6 +171,7 @@ type fakeAPI struct {
 	revision int
 	oldest   int // watches from before it get 410
 	streams  map[chan podEvent]bool
+	finished map[string]bool // UIDs of pods that have succeeded or failed
 
 	namespaces, replicaSets fakeObjects
 }
@@ -195,6 +196,7 @@ func newFakeAPI(t testing.TB) *fakeAPI {
 	mux.HandleFunc("GET /api/v1/namespaces/{name}", f.namespaces.serveOne(f, "namespaces"))
 	mux.HandleFunc("GET /apis/apps/v1/replicasets", f.replicaSets.serveAll(f, "replicasets"))
 	mux.HandleFunc("GET /apis/apps/v1/namespaces/{ns}/replicasets/{name}", f.replicaSets.serveOne(f, "replicasets"))
+	mux.HandleFunc("GET /api/v1/namespaces/{ns}/pods", f.serveOne)
 	mux.HandleFunc("GET /api/v1/namespaces/{ns}/pods/{name}", f.serveGet)
 	f.Server = httptest.NewUnstartedServer(mux)
 	f.Config.ErrorLog = log.New(io.Discard, "", 0)
@@ -309,6 +311,36 @@ func (f *fakeAPI) deletePod(uid string) {
 	f.send(podEvent{"DELETED", p})
 }
 
+// finishPod lets a pod succeed, or fail: to a watch for those that have not, it is as if it had been deleted.
+func (f *fakeAPI) finishPod(uid string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.revision++
+	p := f.pods[uid]
+	p.ResourceVersion = strconv.Itoa(f.revision)
+	f.pods[uid] = p
+	if f.finished == nil {
+		f.finished = make(map[string]bool)
+	}
+	f.finished[uid] = true
+	f.send(podEvent{"DELETED", p})
+}
+
+// matches knows one field selector, with or without a name before it.
+func (f *fakeAPI) matches(r *http.Request, p metav1.PartialObjectMetadata) bool {
+	only := r.URL.Query().Get("fieldSelector")
+	if name, rest, ok := strings.Cut(only, ","); ok && strings.HasPrefix(name, "metadata.name=") {
+		if p.Name != strings.TrimPrefix(name, "metadata.name=") || p.Namespace != r.PathValue("ns") {
+			return false
+		}
+		only = rest
+	}
+	if only != unfinished {
+		panic("pods are to be selected by " + unfinished)
+	}
+	return !f.finished[string(p.UID)]
+}
+
 func (f *fakeAPI) send(e podEvent) {
 	for c := range f.streams {
 		c <- e
@@ -382,7 +414,7 @@ func (f *fakeAPI) serveList(w http.ResponseWriter, r *http.Request) {
 	from := r.URL.Query().Get("continue")
 	uids := make([]string, 0, len(f.pods))
 	for uid := range maps.Keys(f.pods) {
-		if uid > from {
+		if uid > from && f.matches(r, f.pods[uid]) {
 			uids = append(uids, uid)
 		}
 	}
@@ -402,6 +434,24 @@ func (f *fakeAPI) serveList(w http.ResponseWriter, r *http.Request) {
 	}
 	if f.endless.Load() {
 		l.Continue = "0"
+	}
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(l)
+}
+
+// serveOne is a list of the pod of a name, if it matches.
+func (f *fakeAPI) serveOne(w http.ResponseWriter, r *http.Request) {
+	f.gets.Add(1)
+	if !f.allowed(w, r, "get pods") {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := metav1.PartialObjectMetadataList{TypeMeta: metav1.TypeMeta{Kind: "PartialObjectMetadataList", APIVersion: "meta.k8s.io/v1"}}
+	for _, p := range f.pods {
+		if f.matches(r, p) {
+			l.Items = append(l.Items, p)
+		}
 	}
 	w.Header().Set("Content-Type", "application/json")
 	json.NewEncoder(w).Encode(l)

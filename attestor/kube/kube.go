@@ -1,6 +1,6 @@
 // Package kube is the members' half of pod attestation. It verifies that a service account token is a pod's own:
 // signed by the kube cluster (JWKS, held offline or fetched), vouched for by its API server (TokenReview), or both;
-// meant for Countersign, bound to a pod and a node, and not of a pod that is gone.
+// meant for Countersign, bound to a pod and a node, and not of a pod that is gone or has finished.
 //
 // Tokens are looked at and forgotten: nothing here keeps, logs or repeats one, and no error contains any part of
 // one but the claims that name things (issuer, audience, namespace, pod), quoted and cut short.

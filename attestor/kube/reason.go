@@ -17,7 +17,7 @@ const (
 	badIssuer   reason = "its issuer is unknown here"
 	badAudience reason = "it is for the wrong audience"
 	badKey      reason = "it is not signed by a known key of its issuer"
-	podGone     reason = "its pod is gone"
+	podGone     reason = "its pod is gone or has finished"
 	notBacked   reason = "its API server does not stand behind it"
 )
 

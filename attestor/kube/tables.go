@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"time"
+
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -10,10 +12,13 @@ type podTable struct {
 	want *interest
 	tell Events
 	next map[string]*facts
+	end  map[string]time.Time
 	size int
 }
 
-func (t *podTable) begin() { t.next, t.size = make(map[string]*facts), 0 }
+func (t *podTable) begin() {
+	t.next, t.end, t.size = make(map[string]*facts), make(map[string]time.Time), 0
+}
 
 func (t *podTable) listed(m *metav1.PartialObjectMetadata) {
 	id := string(m.UID)
@@ -26,13 +31,16 @@ func (t *podTable) listed(m *metav1.PartialObjectMetadata) {
 		f = nil
 	}
 	t.next[id] = f
+	if at, ok := endOf(m); ok {
+		t.end[id] = at
+	}
 }
 
 func (t *podTable) len() int { return len(t.next) }
 
 func (t *podTable) commit() {
-	gone, changed := t.a.pods.replace(t.next, t.size, t.a.cfg.Now())
-	t.next = nil
+	gone, changed := t.a.pods.replace(t.next, t.end, t.size, t.a.cfg.Now())
+	t.next, t.end = nil, nil
 	for _, id := range gone {
 		t.tell.Gone(t.a.cluster, id)
 	}
@@ -42,7 +50,7 @@ func (t *podTable) commit() {
 }
 
 func (t *podTable) put(m *metav1.PartialObjectMetadata) {
-	if id := string(m.UID); uid.MatchString(id) && t.a.pods.add(id, podFacts(m, t.want)) {
+	if id := string(m.UID); uid.MatchString(id) && t.a.pods.add(m, podFacts(m, t.want)) {
 		t.tell.Changed(t.a.cluster, m.Namespace, id)
 	}
 }

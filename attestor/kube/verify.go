@@ -12,8 +12,8 @@ import (
 )
 
 // Verify checks a service account token and returns what it proves. In this order: form and limits, times, issuer and
-// audience, signature by the cluster's keys (where it has any), pod not known to be gone, TokenReview (where the
-// cluster asks for it). A malformed token wraps identity.ErrInvalid; one that is not accepted
+// audience, signature by the cluster's keys (where it has any), pod not known to be gone or finished, TokenReview (where the
+// cluster asks for it), and the API server's word on a pod that the watch does not know. A malformed token wraps identity.ErrInvalid; one that is not accepted
 // identity.ErrUnauthenticated; and when nobody can tell, because keys or API server are out of reach,
 // identity.ErrUnavailable.
 func (v *Verifier) Verify(ctx context.Context, raw []byte) (*Claims, error) {
@@ -33,12 +33,15 @@ func (v *Verifier) Verify(ctx context.Context, raw []byte) (*Claims, error) {
 		return nil, err
 	}
 	if c.TokenReview {
-		err = c.review(ctx, t)
-	} else if c.api != nil {
-		err = c.checkPod(ctx, claims)
+		if err := c.review(ctx, t); err != nil {
+			return nil, err
+		}
 	}
-	if err != nil {
-		return nil, err
+	// After TokenReview too: it accepts the token of a pod that has finished.
+	if c.api != nil {
+		if err := c.checkPod(ctx, claims); err != nil {
+			return nil, err
+		}
 	}
 	// Once more: an API server answers from a cache, and the watch may have told us while we waited for it.
 	if err := c.checkGone(claims); err != nil {
@@ -129,20 +132,20 @@ func (t *token) whyNot(ctx context.Context, candidates []*cluster) error {
 	return no
 }
 
-// checkGone refuses the token of a pod that the watch saw go.
+// checkGone refuses the token of a pod that the watch saw go or finish.
 func (c *cluster) checkGone(claims *Claims) error {
-	if c.api == nil || !c.api.pods.isGone(claims.PodUID) {
+	if c.api == nil || !c.api.pods.isGone(claims.PodUID, c.api.cfg.Now()) {
 		return nil
 	}
 	return errGone(claims)
 }
 
 func errGone(claims *Claims) error {
-	return refused(podGone, "pod %s/%s (UID %s) of kube cluster %q is gone", claims.Namespace, claims.PodName, claims.PodUID, claims.Cluster)
+	return refused(podGone, "pod %s/%s (UID %s) of kube cluster %q is gone or has finished", claims.Namespace, claims.PodName, claims.PodUID, claims.Cluster)
 }
 
 // checkPod asks the API server about a pod that the watch does not know, for it may have gone before the watch began or
-// be too new. When the API server does not answer the signature decides alone: that is what keys are for.
+// be too new. When the API server does not answer, what was verified before decides alone: that is what keys are for.
 func (c *cluster) checkPod(ctx context.Context, claims *Claims) error {
 	if !c.api.pods.suspect(claims.PodUID) {
 		return nil
@@ -152,7 +155,7 @@ func (c *cluster) checkPod(ctx context.Context, claims *Claims) error {
 	case err != nil && errors.Is(ctx.Err(), context.Canceled):
 		return fmt.Errorf("%w: asking kube cluster %q about pod %s/%s: %w", identity.ErrUnavailable, c.Name, claims.Namespace, claims.PodName, ctx.Err())
 	case err != nil:
-		c.api.cfg.Log.Debug("cannot ask a kube cluster about a pod; its token's signature decides", "cluster", c.Name, "error", err)
+		c.api.cfg.Log.Debug("cannot ask a kube cluster about a pod; its token decides", "cluster", c.Name, "error", err)
 		return nil
 	case !exists:
 		c.api.pods.remove(claims.PodUID) // so that its token costs one question, however often it is shown

@@ -20,6 +20,10 @@ import (
 const (
 	listPage = 500
 	maxPods  = 500_000 // of one cluster: three times what Kubernetes is tested with, and 50 MiB
+	// A pod that has finished stays until somebody removes it, and nothing of it runs any more: its identity ends as with a deleted
+	// one's. The watch tells of it when it no longer matches this.
+	unfinished = "status.phase!=Succeeded,status.phase!=Failed"
+	endLeeway  = time.Minute // that tokens of a pod outlive its grace period, where nobody confirms its end
 )
 
 // Events is what Run tells. Both must not block for long.
@@ -175,13 +179,16 @@ func (a *apiServer) listAndWatch(ctx context.Context, resource string, to table)
 	if err != nil {
 		return false, err
 	}
-	from := client.meta.Resource(resources()[resource])
-	revision, err := a.list(ctx, from, to)
+	from, only := client.meta.Resource(resources()[resource]), ""
+	if resource == "pods" {
+		only = unfinished
+	}
+	revision, err := a.list(ctx, from, only, to)
 	if err != nil {
 		return false, a.failure(client, "listing the "+resource, "list on "+resource, err, "")
 	}
 	for {
-		next, err := a.follow(ctx, from, revision, to)
+		next, err := a.follow(ctx, from, only, revision, to)
 		if next != revision {
 			progress = true
 		}
@@ -198,10 +205,10 @@ func (a *apiServer) listAndWatch(ctx context.Context, resource string, to table)
 	}
 }
 
-// list reads the objects page by page.
-func (a *apiServer) list(ctx context.Context, from metadata.Getter, to table) (revision string, err error) {
+// list reads the objects page by page: those that match the field selector.
+func (a *apiServer) list(ctx context.Context, from metadata.Getter, only string, to table) (revision string, err error) {
 	to.begin()
-	opts := metav1.ListOptions{Limit: listPage}
+	opts := metav1.ListOptions{Limit: listPage, FieldSelector: only}
 	for {
 		pctx, cancel := context.WithTimeout(ctx, a.cfg.ListTimeout)
 		page, err := from.List(pctx, opts)
@@ -226,14 +233,14 @@ func (a *apiServer) list(ctx context.Context, from metadata.Getter, to table) (r
 }
 
 // follow watches from the revision until the API server closes the watch, and returns the last revision seen.
-func (a *apiServer) follow(ctx context.Context, from metadata.Getter, revision string, to table) (string, error) {
+func (a *apiServer) follow(ctx context.Context, from metadata.Getter, only, revision string, to table) (string, error) {
 	// At random, so that members do not all come back at once. An API server that neither speaks nor ends the watch when it was
 	// asked to would keep us believing that no pod ends.
 	last := a.cfg.WatchTime + rand.N(a.cfg.WatchTime)
 	ctx, cancel := context.WithTimeout(ctx, last+a.cfg.WatchTime/10)
 	defer cancel()
 	seconds := int64(last/time.Second) + 1
-	w, err := from.Watch(ctx, metav1.ListOptions{ResourceVersion: revision, AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
+	w, err := from.Watch(ctx, metav1.ListOptions{FieldSelector: only, ResourceVersion: revision, AllowWatchBookmarks: true, TimeoutSeconds: &seconds})
 	if err != nil {
 		return revision, err
 	}

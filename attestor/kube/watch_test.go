@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"countersign.io/countersign/identity"
 )
 
@@ -110,6 +112,85 @@ func TestWatchTellsDeletedPod(t *testing.T) {
 	}
 	if api.lists.Load() != lists {
 		t.Error("the watch began anew")
+	}
+}
+
+// A pod that has finished is still there, and nothing of it runs: whoever shows its token is somebody else.
+func TestWatchTellsFinishedPod(t *testing.T) {
+	for _, review := range []bool{false, true} {
+		t.Run(fmt.Sprintf("TokenReview %v", review), func(t *testing.T) {
+			i := newIssuer(t, "key-1", time.Now)
+			api := newFakeAPI(t)
+			api.addPod("web-0", testUID)
+			api.addPod("web-1", podUID(1))
+			api.setReview(agree) // the API server itself goes on accepting it
+			r := newRig(t, time.Now, func(c *Config) { c.MaxTombstones = 1 })
+			c := api.watched(t, jwksOf(t, i))
+			c.TokenReview = review
+			r.set(t, c)
+			gone := r.run(t)
+			await(t, api.watching, "the watch")
+			tok := i.token(t)
+			if _, err := r.Verify(t.Context(), tok); err != nil {
+				t.Fatal(err)
+			}
+			refused := func(when string) {
+				t.Helper()
+				if _, err := r.Verify(t.Context(), tok); !errors.Is(err, identity.ErrUnauthenticated) || !strings.Contains(err.Error(), "has finished") {
+					t.Errorf("%s: %v", when, err)
+				}
+			}
+			api.finishPod(testUID)
+			if got := await(t, gone, "the callback"); got != "east/"+testUID {
+				t.Errorf("gone: %s", got)
+			}
+			refused("finished")
+			api.dropWatches()
+			await(t, api.watching, "the next watch")
+			refused("after the next list")
+			api.deletePod(podUID(1)) // whose tombstone takes the place of the other's
+			await(t, gone, "the callback")
+			refused("with its tombstone forgotten")
+		})
+	}
+}
+
+// A pod that is to end and whose end nobody confirms, as when its node is lost: its tokens end a minute after its grace period.
+func TestWatchEndsPodThatShouldHaveEnded(t *testing.T) {
+	clock := newClock()
+	i := newIssuer(t, "key-1", clock.now)
+	api := newFakeAPI(t)
+	api.addPod("web-0", testUID)
+	r := newRig(t, clock.now)
+	r.set(t, api.watched(t, jwksOf(t, i)))
+	gone := r.run(t)
+	await(t, api.watching, "the watch")
+	tok := i.token(t)
+	api.changePod(testUID, func(m *metav1.PartialObjectMetadata) {
+		at := metav1.NewTime(clock.now().Add(30 * time.Second)) // with its grace period
+		m.DeletionTimestamp = &at
+	})
+	api.addPod("late", podUID(9))
+	api.deletePod(podUID(9))
+	await(t, gone, "the callback") // so the change has been seen
+	for _, w := range []struct {
+		after time.Duration
+		good  bool
+	}{{0, true}, {89 * time.Second, true}, {time.Second, false}} {
+		clock.add(w.after)
+		_, err := r.Verify(t.Context(), tok)
+		if w.good != (err == nil) || err != nil && !errors.Is(err, identity.ErrUnauthenticated) {
+			t.Errorf("at %v: %v", clock.now(), err)
+		}
+	}
+	// The same from a list, and when asked for.
+	api.dropWatches()
+	await(t, api.watching, "the next watch")
+	if _, err := r.Verify(t.Context(), tok); !errors.Is(err, identity.ErrUnauthenticated) {
+		t.Errorf("after the next list: %v", err)
+	}
+	if there, err := r.clusters.Load().all[0].api.podExists(t.Context(), "prod", "web-0", testUID); err != nil || there {
+		t.Errorf("asked for: %v, %v", there, err)
 	}
 }
 
