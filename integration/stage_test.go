@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -25,129 +26,10 @@ type stage struct {
 	n *node.Node
 }
 
-// handMade is what one would write who had no chart: one member that begins the cluster, without an agent yet.
-const handMade = `
-apiVersion: v1
-kind: Namespace
-metadata: {name: countersign}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: countersign, namespace: countersign}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: countersign}
-rules:
-- {apiGroups: [authentication.k8s.io], resources: [tokenreviews], verbs: [create]}
-- {apiGroups: [""], resources: [pods], verbs: [get, list, watch]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: countersign}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: countersign}
-subjects: [{kind: ServiceAccount, name: countersign, namespace: countersign}]
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: countersign-agent, namespace: countersign}
----
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: countersign, namespace: countersign}
-data:
-  server.yaml: |
-    version: 1
-    trust_domain: kube.test
-    name: countersign-0
-    data_dir: /var/lib/countersign/data
-    listen: 0.0.0.0:8443
-    advertise: countersign-0.countersign-members.countersign.svc.cluster.local:8443
-    admin_socket: /run/countersign/admin.sock
-    health: 0.0.0.0:8080
-    x509_ttl: 20s
-    max_staleness: 1m
----
-apiVersion: v1
-kind: Service
-metadata: {name: countersign-members, namespace: countersign}
-spec: {clusterIP: None, publishNotReadyAddresses: true, selector: {app: countersign}, ports: [{port: 8443}]}
----
-apiVersion: apps/v1
-kind: StatefulSet
-metadata: {name: countersign, namespace: countersign}
-spec:
-  replicas: 1
-  serviceName: countersign-members
-  selector: {matchLabels: {app: countersign}}
-  template:
-    metadata: {labels: {app: countersign}}
-    spec:
-      serviceAccountName: countersign
-      securityContext: {runAsUser: 65532, runAsGroup: 65532, fsGroup: 65532, runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}
-      containers:
-      - name: countersign
-        image: node.test/countersign:1
-        imagePullPolicy: Never
-        args: [server, run, -c, /etc/countersign/server.yaml]
-        readinessProbe: {httpGet: {path: /ready, port: 8080}, periodSeconds: 1}
-        securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
-        volumeMounts:
-        - {name: config, mountPath: /etc/countersign}
-        - {name: data, mountPath: /var/lib/countersign}
-        - {name: run, mountPath: /run/countersign}
-      volumes:
-      - {name: config, configMap: {name: countersign}}
-      - {name: data, emptyDir: {}}
-      - {name: run, emptyDir: {medium: Memory}}
-`
+// members of the stage; all on one node.
+const members = 3
 
-// handMadeAgent needs the CA's pin.
-const handMadeAgent = `
-apiVersion: v1
-kind: ConfigMap
-metadata: {name: countersign-agent, namespace: countersign}
-data:
-  agent.yaml: |
-    version: 1
-    trust_domain: kube.test
-    servers: ["countersign-members.countersign.svc.cluster.local:8443"]
-    ca_pin: %s
-    attest: {kube: {cluster: main}}
-    state_dir: /run/countersign/state
-    socket: /run/countersign/agent.sock
-    health: 127.0.0.1:8081
-    log: {level: debug}
----
-apiVersion: apps/v1
-kind: DaemonSet
-metadata: {name: countersign-agent, namespace: countersign}
-spec:
-  selector: {matchLabels: {app: countersign-agent}}
-  template:
-    metadata: {labels: {app: countersign-agent}}
-    spec:
-      serviceAccountName: countersign-agent
-      hostPID: true
-      terminationGracePeriodSeconds: 5
-      containers:
-      - name: agent
-        image: node.test/countersign-agent:1
-        imagePullPolicy: Never
-        args: [run, -c, /etc/countersign/agent.yaml]
-        readinessProbe: {exec: {command: [/countersign-agent, health]}, periodSeconds: 1}
-        securityContext: {capabilities: {add: [SYS_PTRACE]}} # callers' /proc/PID/root
-        volumeMounts:
-        - {name: config, mountPath: /etc/countersign}
-        - {name: run, mountPath: /run/countersign}
-        - {name: token, mountPath: /var/run/secrets/countersign.io}
-      volumes:
-      - {name: config, configMap: {name: countersign-agent}}
-      - {name: run, hostPath: {path: /run/countersign, type: DirectoryOrCreate}}
-      - {name: token, projected: {sources: [{serviceAccountToken: {path: token, audience: countersign, expirationSeconds: 600}}]}}
-`
-
-// sharedStage installs Countersign by hand on the shared node.
+// sharedStage installs Countersign by its chart on the shared node.
 var sharedStage = sync.OnceValues(func() (*stage, error) {
 	n, err := sharedNode()
 	if err != nil {
@@ -161,39 +43,48 @@ var sharedStage = sync.OnceValues(func() (*stage, error) {
 	}
 	s := &stage{n: n}
 	image := func(name, user string) node.Image {
-		return node.Image{Name: "node.test/" + name + ":1", Programs: []string{filepath.Join(programs, name)}, Entrypoint: []string{"/" + name}, User: user}
+		return node.Image{Name: "node.test/" + name + ":it", Programs: []string{filepath.Join(programs, name)}, Entrypoint: []string{"/" + name}, User: user}
 	}
 	if err := n.Build(ctx, image("countersign", "65532:65532"), image("countersign-agent", "")); err != nil {
 		return nil, err
 	}
-	if err := n.Apply(ctx, handMade); err != nil {
+	if err := n.Volumes(ctx, members); err != nil {
 		return nil, err
 	}
-	if _, err := n.WaitReady(ctx, "countersign", "app=countersign", 1); err != nil {
-		return nil, s.explain(ctx, err)
-	}
-	if _, err := s.admin(ctx, "kube", "add", "main", "--issuer", kubeIssuer, "--kubeconfig", "in-cluster", "--token-review",
-		"--agent-account", "countersign/countersign-agent"); err != nil {
-		return nil, err
-	}
-	out, err := s.admin(ctx, "bundle", "show", "-o", "json")
+	manifest, err := render()
 	if err != nil {
 		return nil, err
 	}
-	var bundle struct {
-		CAPin string `json:"ca_pin"`
-	}
-	if err := json.Unmarshal([]byte(out), &bundle); err != nil {
+	if err := n.Apply(ctx, manifest); err != nil {
 		return nil, err
 	}
-	if err := n.Apply(ctx, fmt.Sprintf(handMadeAgent, bundle.CAPin)); err != nil {
-		return nil, err
+	if _, err := n.WaitReady(ctx, "countersign", "app.kubernetes.io/name=countersign", members); err != nil {
+		return nil, s.explain(ctx, err)
 	}
-	if _, err := n.WaitReady(ctx, "countersign", "app=countersign-agent", 1); err != nil {
+	if _, err := n.WaitReady(ctx, "countersign", "app.kubernetes.io/name=countersign-agent", 1); err != nil {
 		return nil, s.explain(ctx, err)
 	}
 	return s, nil
 })
+
+// render is what a user applies. Lives are short, so that tests see many of them.
+func render(more ...string) (string, error) {
+	args := []string{"install", "kube", "--trust-domain", kubeDomain}
+	for _, set := range append([]string{
+		"image.registry=node.test", "image.tag=it", "logFormat=text", "members.antiAffinity=preferred",
+		"members.config={x509_ttl: 20s, max_staleness: 1m}",
+	}, more...) {
+		args = append(args, "--set", set)
+	}
+	var errs strings.Builder
+	cmd := exec.Command(filepath.Join(bin, "countersign"), args...)
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("countersign %s: %w: %s", strings.Join(args, " "), err, errs.String())
+	}
+	return string(out), nil
+}
 
 // explain adds to an error what the pods of the product wrote last.
 func (s *stage) explain(ctx context.Context, err error) error {

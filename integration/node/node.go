@@ -284,6 +284,29 @@ func (n *Node) Build(ctx context.Context, images ...Image) error {
 	return nil
 }
 
+// Volumes makes so many persistent volumes of the node's disk, for claims without a storage class.
+func (n *Node) Volumes(ctx context.Context, count int) error {
+	var manifest strings.Builder
+	for i := range count {
+		dir := n.path(fmt.Sprintf("volume-%d", i))
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		fmt.Fprintf(&manifest, `---
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: volume-%d}
+spec:
+  capacity: {storage: 10Gi}
+  accessModes: [ReadWriteOnce]
+  persistentVolumeReclaimPolicy: Retain
+  local: {path: %q}
+  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: In, values: [%s]}]}]}}
+`, i, dir, Name)
+	}
+	return n.Apply(ctx, manifest.String())
+}
+
 func (n *Node) ctr(ctx context.Context, args ...string) (string, error) {
 	return n.Run(ctx, "", append([]string{n.conf.deb("bin/ctr"), "-a", n.path("c.sock"), "-n", "k8s.io"}, args...)...)
 }
