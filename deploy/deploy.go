@@ -14,6 +14,7 @@ import (
 	"strings"
 	"text/template"
 
+	"github.com/Masterminds/semver/v3"
 	"github.com/Masterminds/sprig/v3"
 	"sigs.k8s.io/yaml"
 
@@ -25,21 +26,26 @@ var files embed.FS
 
 // Options are what the chart's objects depend on.
 type Options struct {
-	Release    string         // of Helm; a label of all objects. Default countersign
-	Namespace  string         // of members and agents. Default countersign
-	AppVersion string         // the images' tag where the values name none. Default the chart's own
-	Values     map[string]any // over the chart's own values.yaml; null takes one of those away
-	CRDs       bool           // the definitions of resources too
-	NewSpace   bool           // the namespace too, with the Pod Security label that the pods in it need
-	Test       bool           // instead of all else: the pod of helm test
+	Release     string         // of Helm; a label of all objects. Default countersign
+	Namespace   string         // of members and agents. Default countersign
+	KubeVersion string         // of the API server, such as 1.37.2. Default the oldest that the chart is for
+	AppVersion  string         // the images' tag where the values name none. Default the chart's own
+	Values      map[string]any // over the chart's own values.yaml; null takes one of those away
+	CRDs        bool           // the definitions of resources too
+	NewSpace    bool           // the namespace too, with the Pod Security label that the pods in it need
+	Test        bool           // instead of all else: the pod of helm test
 }
 
 // chartFile is Chart.yaml, and the template's .Chart.
 type chartFile struct {
-	Name       string `json:"name"`
-	Version    string `json:"version"`
-	AppVersion string `json:"appVersion"`
+	Name        string `json:"name"`
+	Version     string `json:"version"`
+	AppVersion  string `json:"appVersion"`
+	KubeVersion string `json:"kubeVersion"`
 }
+
+// oldest is the first release of Kubernetes that the chart is for: its kubeVersion.
+const oldest = "1.30.0"
 
 // Render returns the objects as YAML documents, in the order in which Helm installs them, and byte for byte what helm template
 // prints. An error wraps identity.ErrInvalid where the values are at fault, and names each of them.
@@ -79,6 +85,17 @@ func prepare(o *Options) (*chartFile, map[string]any, error) {
 	if err := decode("Chart.yaml", &chart); err != nil {
 		return nil, nil, err
 	}
+	if o.KubeVersion == "" {
+		o.KubeVersion = oldest
+	}
+	v, err := semver.NewVersion(o.KubeVersion)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %q does not have the form of a Kubernetes version, such as 1.37.2", identity.ErrInvalid, o.KubeVersion)
+	}
+	if c, err := semver.NewConstraint(chart.KubeVersion); err != nil || !c.Check(v) {
+		return nil, nil, fmt.Errorf("%w: Kubernetes %s: the chart is for %s", identity.ErrInvalid, o.KubeVersion, chart.KubeVersion)
+	}
+	o.KubeVersion = "v" + v.String()
 	if o.AppVersion != "" {
 		chart.AppVersion = o.AppVersion
 	}
@@ -147,7 +164,8 @@ func execute(o *Options, chart *chartFile, values map[string]any) ([]manifest, e
 	}
 	data := map[string]any{
 		"Values": values, "Chart": chart,
-		"Release": map[string]any{"Name": o.Release, "Namespace": o.Namespace, "Service": "Helm", "IsInstall": true, "IsUpgrade": false, "Revision": 1},
+		"Capabilities": map[string]any{"KubeVersion": map[string]any{"Version": o.KubeVersion}},
+		"Release":      map[string]any{"Name": o.Release, "Namespace": o.Namespace, "Service": "Helm", "IsInstall": true, "IsUpgrade": false, "Revision": 1},
 	}
 	var out []manifest
 	for _, name := range names {

@@ -39,8 +39,8 @@ type kubeAPI struct {
 	proc *cluster.Process
 }
 
-// newKubeAPI starts the API server and gives it the nodes node-1 and node-2 and the namespace shop.
-func newKubeAPI(t *testing.T) *kubeAPI {
+// newKubeAPI starts the API server, with more flags of its own, and gives it the nodes node-1 and node-2 and the namespace shop.
+func newKubeAPI(t *testing.T, flags ...string) *kubeAPI {
 	t.Helper()
 	needRoot(t)
 	binary, err := filepath.Abs("kube/bin/kubeapi")
@@ -73,7 +73,7 @@ func newKubeAPI(t *testing.T) *kubeAPI {
 		os.RemoveAll(dir)
 	})
 	began := time.Now()
-	if k.proc, err = starter.Start("kubeapi", nil, log, binary, "-dir", dir, "-port", port, "-issuer", kubeIssuer); err != nil {
+	if k.proc, err = starter.Start("kubeapi", nil, log, append([]string{binary, "-dir", dir, "-port", port, "-issuer", kubeIssuer, "--"}, flags...)...); err != nil {
 		t.Fatal(err)
 	}
 	log.wait(t, ctx, "the API server", func(lines []string) bool { return contains(lines, "READY") })

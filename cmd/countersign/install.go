@@ -1,12 +1,16 @@
 package main
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 
 	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
 
+	"countersign.io/countersign/config"
 	"countersign.io/countersign/deploy"
 	"countersign.io/countersign/identity"
 )
@@ -42,6 +46,9 @@ cluster, and the same values give the same output.`,
 			if err != nil {
 				return err
 			}
+			if err := checkInstalled(out); err != nil {
+				return err
+			}
 			_, err = cmd.OutOrStdout().Write(out)
 			return err
 		},
@@ -51,10 +58,66 @@ cluster, and the same values give the same output.`,
 	f.StringVarP(&o.Namespace, "namespace", "n", "countersign", "of members and agents")
 	f.StringArrayVarP(&valueFiles, "values", "f", nil, "YAML file of values, - for standard input (repeatable; the last one wins)")
 	f.StringArrayVar(&sets, "set", nil, "one value, KEY.PATH=VALUE, where VALUE is YAML (repeatable; over the files)")
+	f.StringVar(&o.KubeVersion, "kube-version", "", "of the API server, for what older ones do not know (default the oldest that will do)")
 	f.BoolVar(&o.NewSpace, "create-namespace", true, "print the namespace too, with the Pod Security label that its pods need")
 	f.BoolVar(&o.CRDs, "crds", true, "print the definitions of our resources too")
 	f.BoolVar(&o.Test, "test", false, "print nothing but a pod that fetches an SVID from its volume, as helm test does")
 	return cmd
+}
+
+// checkInstalled parses the configurations among the objects as the pods will: what members.config and agent.config say is not the
+// chart's to know, and a pod that refuses to start would say it later.
+func checkInstalled(objects []byte) error {
+	dec := yaml.NewDecoder(bytes.NewReader(objects))
+	for {
+		var o struct {
+			Kind string            `yaml:"kind"`
+			Data map[string]string `yaml:"data"`
+		}
+		err := dec.Decode(&o)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("%w: what the values give is not YAML: %v", identity.ErrInvalid, err)
+		}
+		if o.Kind != "ConfigMap" {
+			continue
+		}
+		// Each pod's name is its own, and so is each node's: one stands for all.
+		if text, ok := o.Data["server.yaml"]; ok {
+			err = checkFile("server.yaml, by the chart and members.config", text, func(c map[string]any) { c["name"] = "countersign-0" }, func(name string, raw []byte) error {
+				_, err := config.ParseServer(name, raw)
+				return err
+			})
+		}
+		if text, ok := o.Data["agent.yaml"]; ok {
+			err = checkFile("agent.yaml, by the chart and agent.config", text, func(c map[string]any) {
+				if csi, ok := c["csi"].(map[string]any); ok {
+					csi["node"] = "node"
+				}
+			}, func(name string, raw []byte) error {
+				_, err := config.ParseAgent(name, raw)
+				return err
+			})
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func checkFile(name, text string, complete func(map[string]any), parse func(string, []byte) error) error {
+	c := map[string]any{}
+	if err := yaml.Unmarshal([]byte(text), &c); err != nil {
+		return fmt.Errorf("%w: %s: %v", identity.ErrInvalid, name, err)
+	}
+	complete(c)
+	raw, err := yaml.Marshal(c)
+	if err != nil {
+		return fmt.Errorf("%w: %s: %v", identity.ErrInvalid, name, err)
+	}
+	return parse(name, raw)
 }
 
 // installValues puts together what files and flags say, each over those before it.

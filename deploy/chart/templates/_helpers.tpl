@@ -35,6 +35,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- else -}}
 {{- $conf = set $conf "bundle_file" "/var/run/secrets/countersign.io/bundle.pem" -}}
 {{- end -}}
+{{- with .Values.agent.csi }}
+{{- if .enabled -}}
+{{- $conf = set $conf "csi" (dict "socket" (printf "%s/plugins/csi.countersign.io/csi.sock" .kubeletDir) "registration_dir" (printf "%s/plugins_registry" .kubeletDir) "kubelet_dir" .kubeletDir "audience" $.Values.audience) -}}
+{{- end -}}
+{{- end -}}
 {{- toYaml (mustMergeOverwrite $conf (deepCopy .Values.agent.config)) }}
 {{- end }}
 
