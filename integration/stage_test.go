@@ -23,7 +23,8 @@ const kubeDomain = "kube.test"
 
 // stage is Countersign on a node of Kubernetes, shared by tests: members, and an agent on the node.
 type stage struct {
-	n *node.Node
+	n   *node.Node
+	pin string // of the CA
 }
 
 // members of the stage; all on one node.
@@ -64,6 +65,17 @@ var sharedStage = sync.OnceValues(func() (*stage, error) {
 	if _, err := n.WaitReady(ctx, "countersign", "app.kubernetes.io/name=countersign-agent", 1); err != nil {
 		return nil, s.explain(ctx, err)
 	}
+	out, err := s.admin(ctx, "bundle", "show", "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	var bundle struct {
+		CAPin string `json:"ca_pin"`
+	}
+	if err := json.Unmarshal([]byte(out), &bundle); err != nil {
+		return nil, err
+	}
+	s.pin = bundle.CAPin
 	return s, nil
 })
 
@@ -73,6 +85,7 @@ func render(more ...string) (string, error) {
 	for _, set := range append([]string{
 		"image.registry=node.test", "image.tag=it", "logFormat=text", "members.antiAffinity=preferred",
 		"members.config={x509_ttl: 20s, max_staleness: 1m}",
+		"agent.config={csi: {audience: countersign}}",
 	}, more...) {
 		args = append(args, "--set", set)
 	}
@@ -156,12 +169,19 @@ const (
   - {name: agent, hostPath: {path: /run/countersign, type: Directory}}
   - {name: token, projected: {sources: [{serviceAccountToken: {path: token, audience: countersign, expirationSeconds: 600}}]}}
 `
+	volume = `
+  volumes: [{name: identity, csi: {driver: csi.countersign.io, readOnly: true}}]
+`
+	volumeMounts = `[{name: identity, mountPath: /run/countersign, readOnly: true}]`
 	sharedMounts = `[{name: agent, mountPath: /run/countersign, readOnly: true}, {name: token, mountPath: /var/run/secrets/countersign.io}]`
 )
 
 // podManifest is a pod of one container by the given way to have an identity, with more of its spec.
 func (p *play) podManifest(name, account, volumes, mounts, more string, command ...string) string {
 	argv, _ := json.Marshal(command)
+	if !strings.Contains(more, "terminationGracePeriodSeconds") {
+		more += "  terminationGracePeriodSeconds: 1\n"
+	}
 	return fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
@@ -169,7 +189,6 @@ metadata: {name: %s, namespace: %s, labels: {app: %s}}
 spec:
   serviceAccountName: %s
   automountServiceAccountToken: false
-  terminationGracePeriodSeconds: 1
   securityContext: {runAsUser: 1000, runAsGroup: 1000, fsGroup: 1000, runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}
   containers:
   - name: main
@@ -218,10 +237,10 @@ func (p *play) start(name, manifest string) *running {
 	return &running{p, &pod, out}
 }
 
-// follow starts a pod that prints what its stream sees, by the shared socket.
-func (p *play) follow(name, account string) *running {
+// follow starts a pod with a CSI volume that prints what its stream sees; more is of its spec.
+func (p *play) follow(name, account, more string) *running {
 	p.t.Helper()
-	return p.start(name, p.podManifest(name, account, shared, sharedMounts, "", "/pod", "follow"))
+	return p.start(name, p.podManifest(name, account, volume, volumeMounts, more, "/pod", "follow"))
 }
 
 // glimpse is one line of what a following pod prints.
@@ -284,8 +303,7 @@ func (r *running) identity() glimpse {
 func TestStageSharedSocket(t *testing.T) {
 	p := onStage(t)
 	p.account("web")
-	first := p.follow("web", "web").identity()
-	t.Logf("%s until %v", first.ID, first.Expires)
+	p.start("web", p.podManifest("web", "web", shared, sharedMounts, "", "/pod", "follow")).identity()
 	for _, c := range []struct{ name, audience, says string }{
 		{"audience", "vault", "audience"},
 		{"none", "", "has no token"},

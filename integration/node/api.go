@@ -414,16 +414,34 @@ func (n *Node) Exec(ctx context.Context, ns, pod, container string, argv ...stri
 	if err := n.Do(ctx, http.MethodGet, "/api/v1/namespaces/"+ns+"/pods/"+pod, nil, &p); err != nil {
 		return "", err
 	}
+	c, err := containerOf(&p, container)
+	if err != nil {
+		return "", fmt.Errorf("running %s: %w", argv[0], err)
+	}
+	id := make([]byte, 8)
+	rand.Read(id)
+	return n.ctr(ctx, append([]string{"tasks", "exec", "--exec-id", hex.EncodeToString(id), c}, argv...)...)
+}
+
+// Kill ends a container's processes at once; the kubelet starts it again.
+func (n *Node) Kill(ctx context.Context, p *corev1.Pod, container string) error {
+	c, err := containerOf(p, container)
+	if err == nil {
+		_, err = n.ctr(ctx, "tasks", "kill", "--all", "--signal", "SIGKILL", c)
+	}
+	return err
+}
+
+// containerOf is what the runtime calls a container that runs; the only one, where none is named.
+func containerOf(p *corev1.Pod, container string) (string, error) {
 	for _, c := range append(p.Status.ContainerStatuses, p.Status.InitContainerStatuses...) {
 		if c.Name != container && container != "" {
 			continue
 		}
 		if c.State.Running == nil {
-			return "", fmt.Errorf("running %s in %s: container %s does not run", argv[0], pod, c.Name)
+			return "", fmt.Errorf("container %s of pod %s does not run", c.Name, p.Name)
 		}
-		id := make([]byte, 8)
-		rand.Read(id)
-		return n.ctr(ctx, append([]string{"tasks", "exec", "--exec-id", hex.EncodeToString(id), strings.TrimPrefix(c.ContainerID, "containerd://")}, argv...)...)
+		return strings.TrimPrefix(c.ContainerID, "containerd://"), nil
 	}
-	return "", fmt.Errorf("running %s in %s: no container %q", argv[0], pod, container)
+	return "", fmt.Errorf("pod %s has no container %q", p.Name, container)
 }

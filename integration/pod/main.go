@@ -4,6 +4,8 @@
 //	pod -cgroup DIR ... -root DIR -mount FROM:TO ... [-proc] -- PROGRAM ARGS
 //	pod connect SOCKET stay|exec|exit     (see caller.go)
 //	pod follow [SOCKET] [AFTER]           (see follow.go)
+//	pod plant FOLDER                      tries to change a folder that is not its to change, and says what it could
+//	pod dial SOCKET                       tries to connect to a socket that is not its to use, and says whether it could
 //	pod resolve NAME ...                  prints the addresses of each name in a line
 //	pod pause                             waits to be ended, as the container does that keeps a pod's namespaces
 package main
@@ -37,6 +39,10 @@ func main() {
 		<-end
 	case "follow":
 		err = follow(arg(2), arg(3))
+	case "plant":
+		plant(arg(2))
+	case "dial":
+		dial(arg(2))
 	case "resolve":
 		err = resolve(os.Args[2:])
 	case "connect":

@@ -1,0 +1,255 @@
+//go:build integration
+
+package integration
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	authv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"countersign.io/countersign/integration/node"
+)
+
+func (p *play) must(method, path string, in, out any) {
+	p.t.Helper()
+	if err := p.n.Do(p.ctx, method, path, in, out); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p *play) pods() string { return "/api/v1/namespaces/" + p.ns + "/pods" }
+
+// token is one as the kubelet gets it for a pod. It stands for what an attacker has stolen from it.
+func (p *play) token(pod *corev1.Pod) string {
+	p.t.Helper()
+	in := &authv1.TokenRequest{Spec: authv1.TokenRequestSpec{
+		Audiences: []string{"countersign"}, ExpirationSeconds: new(int64(600)),
+		BoundObjectRef: &authv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: pod.Name, UID: pod.UID},
+	}}
+	var out authv1.TokenRequest
+	p.must(http.MethodPost, "/api/v1/namespaces/"+p.ns+"/serviceaccounts/"+pod.Spec.ServiceAccountName+"/token", in, &out)
+	return out.Status.Token
+}
+
+// show shows a token to the members, as anybody who reaches them can, and returns their answer.
+func (p *play) show(token string) (string, error) {
+	p.t.Helper()
+	programs, err := static()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	file := filepath.Join(p.t.TempDir(), "token")
+	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+	argv := []string{filepath.Join(programs, "countersign-agent"), "fetch", "x509", "--direct", "--ca-pin", p.pin, "--token-path", file}
+	all, err := p.n.Pods(p.ctx, "countersign", "app.kubernetes.io/name=countersign")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for _, m := range all {
+		argv = append(argv, "--server", m.Status.PodIP+":8443")
+	}
+	return p.n.Run(p.ctx, "", argv...)
+}
+
+// refused waits until a token is refused for good.
+func (p *play) refused(token, says string) {
+	p.t.Helper()
+	for last := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		out, err := p.show(token)
+		if err != nil && strings.Contains(err.Error(), says) {
+			return
+		}
+		if time.Now().After(last) {
+			p.t.Fatalf("the token is not refused with %q: %s %v", says, out, err)
+		}
+	}
+}
+
+func since(from time.Time) time.Duration { return time.Since(from).Round(10 * time.Millisecond) }
+
+// ended takes the errors that a pod's stream saw.
+func (r *running) errors() (out []glimpse) {
+	r.p.t.Helper()
+	for _, g := range r.seen() {
+		if g.Event == "error" {
+			out = append(out, g)
+		}
+	}
+	return out
+}
+
+// TestStagePodsEnd has pods end in every way in which Kubernetes ends them. Their programs go on for their grace period, as some do.
+func TestStagePodsEnd(t *testing.T) {
+	const grace = 4 * time.Second
+	for _, c := range []struct {
+		name string
+		end  func(p *play, pod *corev1.Pod)
+	}{
+		{"deleted", func(p *play, pod *corev1.Pod) { p.must(http.MethodDelete, p.pods()+"/"+pod.Name, nil, nil) }},
+		{"evicted", func(p *play, pod *corev1.Pod) {
+			p.must(http.MethodPost, p.pods()+"/"+pod.Name+"/eviction", &policyv1.Eviction{
+				TypeMeta: metav1.TypeMeta{APIVersion: "policy/v1", Kind: "Eviction"}, ObjectMeta: metav1.ObjectMeta{Name: pod.Name},
+			}, nil)
+		}},
+		{"namespace terminating", func(p *play, pod *corev1.Pod) { p.must(http.MethodDelete, "/api/v1/namespaces/"+p.ns, nil, nil) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := onStage(t)
+			p.account("web")
+			r := p.follow("web", "web", "  terminationGracePeriodSeconds: 4\n")
+			r.identity()
+			token := p.token(r.pod)
+			if out, err := p.show(token); err != nil {
+				t.Fatalf("the token of a living pod: %s %v", out, err)
+			}
+			began := time.Now()
+			c.end(p, r.pod)
+			if err := p.n.WaitGone(p.ctx, p.pods(), "web"); err != nil {
+				t.Fatal(err)
+			}
+			gone := time.Now()
+			p.refused(token, "is gone")
+			t.Logf("gone after %v with %v of grace, its token refused %v later; its stream saw %v", gone.Sub(began).Round(10*time.Millisecond), grace, since(gone), r.errors())
+		})
+	}
+	t.Run("deleted by force", func(t *testing.T) {
+		p := onStage(t)
+		p.account("web")
+		r := p.follow("web", "web", "  terminationGracePeriodSeconds: 20\n")
+		r.identity()
+		token := p.token(r.pod)
+		began := time.Now()
+		p.must(http.MethodDelete, p.pods()+"/web", &metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}, nil)
+		p.refused(token, "is gone")
+		t.Logf("its token refused after %v; its stream saw %v", since(began), r.errors())
+	})
+	for _, c := range []struct{ name, spec, after, phase string }{
+		{"completed", "  restartPolicy: Never\n", "3s", "Succeeded"},
+		{"failed", "  restartPolicy: Never\n  activeDeadlineSeconds: 3\n", "10m", "Failed"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := onStage(t)
+			p.account("job")
+			r := p.start("job", p.podManifest("job", "job", volume, volumeMounts, c.spec, "/pod", "follow", "", c.after))
+			r.identity()
+			token := p.token(r.pod)
+			if out, err := p.show(token); err != nil {
+				t.Fatalf("the token of a living pod: %s %v", out, err)
+			}
+			if err := node.WaitFor(p.ctx, p.n, p.pods(), "job", "it ends", func(o *corev1.Pod) bool { return string(o.Status.Phase) == c.phase }); err != nil {
+				t.Fatal(err)
+			}
+			ended := time.Now()
+			p.refused(token, "has finished")
+			t.Logf("its token refused %v after the pod was %s", since(ended), c.phase)
+		})
+	}
+}
+
+// TestStageAccountDeleted has a service account go while its pod runs on.
+func TestStageAccountDeleted(t *testing.T) {
+	p := onStage(t)
+	p.account("web")
+	r := p.follow("web", "web", "")
+	r.identity()
+	before := len(r.seen())
+	began := time.Now()
+	p.must(http.MethodDelete, "/api/v1/namespaces/"+p.ns+"/serviceaccounts/web", nil, nil)
+	g := r.until("the end of its identity", before, func(g glimpse) bool { return g.Event == "error" })
+	if !strings.Contains(g.Error, "PermissionDenied") {
+		t.Errorf("the stream ended with %s", g.Error)
+	}
+	t.Logf("the stream ended %v after the service account: %s", g.Time.Sub(began).Round(10*time.Millisecond), g.Error)
+}
+
+// TestStageAgentRestarts kills the node's agent. What it served is there again, by the same sockets.
+func TestStageAgentRestarts(t *testing.T) {
+	p := onStage(t)
+	k := p.talking()
+	p.account("web")
+	r := p.follow("web", "web", "")
+	r.identity()
+	k.shaken(50)
+	agents, err := p.n.WaitReady(p.ctx, "countersign", "app.kubernetes.io/name=countersign-agent", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, began := len(r.seen()), time.Now()
+	if err := p.n.Kill(p.ctx, &agents[0], "countersign-agent"); err != nil {
+		t.Fatal(err)
+	}
+	g := r.until("an SVID by the agent that follows", before, func(g glimpse) bool { return g.Event == "svid" })
+	t.Logf("an SVID again %v after the agent was killed; its stream saw %v", g.Time.Sub(began).Round(10*time.Millisecond), r.errors())
+	k.shaken(100)
+	if p.follow("late", "web", "").identity(); len(k.log.errs) > 0 {
+		t.Error(k.log.errs)
+	}
+}
+
+// TestStageBadVolume has volumes that are refused, each with an event on the pod that says why.
+func TestStageBadVolume(t *testing.T) {
+	p := onStage(t)
+	p.account("web")
+	for i, c := range []struct{ attributes, says string }{
+		{`{colour: "red"}`, "colour"},
+		{`{files: "maybe"}`, "files"},
+		{`{jwtAudiences: "vault"}`, "files"},
+		{`{files: "true", jwtAudiences: "a,a"}`, "jwtAudiences"},
+	} {
+		name := fmt.Sprint("bad-", i)
+		p.apply(p.podManifest(name, "web", "\n  volumes: [{name: identity, csi: {driver: csi.countersign.io, readOnly: true, volumeAttributes: "+c.attributes+"}}]\n", volumeMounts, "", "/pod", "pause"))
+		p.event(name, "FailedMount", c.says)
+	}
+	// The kubelet takes nothing out of the volume that is not in it, nor follows what a pod could plant.
+	for i, c := range []struct{ sub, says string }{{"agent.sock/x", ""}, {"nothing-there", ""}} {
+		name := fmt.Sprint("sub-", i)
+		p.apply(p.podManifest(name, "web", volume, "[{name: identity, mountPath: /run/countersign, readOnly: true, subPath: "+c.sub+"}]", "", "/pod", "pause"))
+		p.event(name, "Failed", c.says)
+	}
+	r := p.start("planter", p.podManifest("planter", "web", volume, "[{name: identity, mountPath: /run/countersign}]", "", "/pod", "plant", "/run/countersign"))
+	if err := r.out.Wait(p.ctx, "what it could do", func(lines []string) bool { return contains(lines, "done") }); err != nil {
+		t.Fatal(err)
+	}
+	if lines, _ := r.out.Lines(); contains(lines, "could") || count(lines, "read-only file system") < 5 {
+		t.Errorf("a pod changed its volume: %v", lines)
+	}
+	forger := p.start("forger", p.podManifest("forger", "web", `
+  volumes: [{name: plugin, hostPath: {path: /var/lib/kubelet/plugins, type: Directory}}]
+`, "[{name: plugin, mountPath: /plugins}]", "", "/pod", "dial", "/plugins/csi.countersign.io/csi.sock"))
+	if err := forger.out.Wait(p.ctx, "what it could do", func(lines []string) bool { return contains(lines, "done") }); err != nil {
+		t.Fatal(err)
+	}
+	if lines, _ := forger.out.Lines(); contains(lines, "could") || !contains(lines, "permission denied") {
+		t.Errorf("a pod calls the driver: %v", lines)
+	}
+}
+
+// event waits for an event on a pod.
+func (p *play) event(pod, reason, says string) {
+	p.t.Helper()
+	var last []string
+	for end := time.Now().Add(90 * time.Second); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		var err error
+		if last, err = p.n.Events(p.ctx, p.ns, pod); err != nil {
+			p.t.Fatal(err)
+		}
+		for _, e := range last {
+			if strings.HasPrefix(e, reason) && strings.Contains(e, says) {
+				p.t.Logf("pod %s: %s", pod, e)
+				return
+			}
+		}
+	}
+	p.t.Errorf("pod %s: no event %s with %q: %v", pod, reason, says, last)
+}
