@@ -174,13 +174,15 @@ type fakeAPI struct {
 	finished map[string]bool // UIDs of pods that have succeeded or failed
 
 	namespaces, replicaSets fakeObjects
+
+	configMaps map[string]*configMap // by namespace/name
 }
 
 func newFakeAPI(t testing.TB) *fakeAPI {
 	t.Helper()
 	f := &fakeAPI{
 		token: "member-credential", watching: make(chan struct{}, 1000), refuse: make(map[string]int),
-		pods: make(map[string]metav1.PartialObjectMetadata), revision: 100, streams: make(map[chan podEvent]bool),
+		pods: make(map[string]metav1.PartialObjectMetadata), revision: 100, streams: make(map[chan podEvent]bool), configMaps: make(map[string]*configMap),
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /openid/v1/jwks", func(w http.ResponseWriter, r *http.Request) {
@@ -198,6 +200,13 @@ func newFakeAPI(t testing.TB) *fakeAPI {
 	mux.HandleFunc("GET /apis/apps/v1/namespaces/{ns}/replicasets/{name}", f.replicaSets.serveOne(f, "replicasets"))
 	mux.HandleFunc("GET /api/v1/namespaces/{ns}/pods", f.serveOne)
 	mux.HandleFunc("GET /api/v1/namespaces/{ns}/pods/{name}", f.serveGet)
+	mux.HandleFunc("GET /.well-known/openid-configuration", func(w http.ResponseWriter, r *http.Request) {
+		if f.allowed(w, r, "discovery") {
+			fmt.Fprintf(w, `{"issuer": %q, "jwks_uri": "https://elsewhere/openid/v1/jwks"}`, testIssuer)
+		}
+	})
+	mux.HandleFunc("GET /api/v1/namespaces/{ns}/configmaps/{name}", f.serveGetConfigMap)
+	mux.HandleFunc("POST /api/v1/namespaces/{ns}/configmaps", f.serveCreateConfigMap)
 	f.Server = httptest.NewUnstartedServer(mux)
 	f.Config.ErrorLog = log.New(io.Discard, "", 0)
 	f.StartTLS()
