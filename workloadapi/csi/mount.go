@@ -63,7 +63,7 @@ func (k kernel) parent(p place) (int, error) {
 func openFolder(base int, path string) (int, error) {
 	for try := 0; ; try++ {
 		fd, err := unix.Openat2(base, path, &unix.OpenHow{
-			Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+			Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
 			Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
 		})
 		switch {

@@ -232,18 +232,21 @@ func TestFolderRefused(t *testing.T) {
 		memory func(string) (bool, error)
 		text   string
 	}{
-		"on a disk":            {func(c *Config) { c.Dir = filepath.Join(w.dir, "x") }, disk, "not on a tmpfs"},
-		"of another agent":     {func(c *Config) {}, memory, "another process"},
-		"writable by others":   {func(c *Config) { c.Dir = loose }, memory, "lets other users in"},
-		"a link":               {func(c *Config) { c.Dir = filepath.Join(w.dir, "link") }, memory, "not a folder"},
-		"too long":             {func(c *Config) { c.Dir = "/" + strings.Repeat("a", 60) }, memory, "shorter"},
-		"relative":             {func(c *Config) { c.Dir = "x" }, memory, "absolute"},
-		"a kubelet's with ..":  {func(c *Config) { c.KubeletDir = "/var/lib/../kubelet" }, memory, "plainly"},
-		"no node":              {func(c *Config) { c.Node = "" }, memory, "NODE_NAME"},
-		"no audience":          {func(c *Config) { c.Audience = "" }, memory, "audience"},
-		"no source":            {func(c *Config) { c.Source = nil }, memory, "source"},
-		"socket in a loose":    {func(c *Config) { c.Dir = filepath.Join(w.dir, "y"); c.Socket = filepath.Join(loose, "csi.sock") }, memory, "lets other users in"},
-		"registration nowhere": {func(c *Config) { c.Dir = filepath.Join(w.dir, "z"); c.RegistrationDir = filepath.Join(w.dir, "link", "agent.sock") }, memory, "registration_dir"},
+		"on a disk":           {func(c *Config) { c.Dir = filepath.Join(w.dir, "x") }, disk, "not on a tmpfs"},
+		"of another agent":    {func(c *Config) {}, memory, "another process"},
+		"writable by others":  {func(c *Config) { c.Dir = loose }, memory, "lets other users in"},
+		"a link":              {func(c *Config) { c.Dir = filepath.Join(w.dir, "link") }, memory, "not a folder"},
+		"too long":            {func(c *Config) { c.Dir = "/" + strings.Repeat("a", 60) }, memory, "shorter"},
+		"relative":            {func(c *Config) { c.Dir = "x" }, memory, "absolute"},
+		"a kubelet's with ..": {func(c *Config) { c.KubeletDir = "/var/lib/../kubelet" }, memory, "plainly"},
+		"no node":             {func(c *Config) { c.Node = "" }, memory, "NODE_NAME"},
+		"no audience":         {func(c *Config) { c.Audience = "" }, memory, "audience"},
+		"no source":           {func(c *Config) { c.Source = nil }, memory, "source"},
+		"socket in a loose":   {func(c *Config) { c.Dir = filepath.Join(w.dir, "y"); c.Socket = filepath.Join(loose, "csi.sock") }, memory, "lets other users in"},
+		"registration nowhere": {func(c *Config) {
+			c.Dir = filepath.Join(w.dir, "z")
+			c.RegistrationDir = filepath.Join(w.dir, "link", "agent.sock")
+		}, memory, "registration_dir"},
 	} {
 		conf := w.config(api)
 		conf.Socket = filepath.Join(w.dir, "p2", "csi.sock")
