@@ -61,6 +61,16 @@ func (a *Agent) Current(ctx context.Context, attest attestor.Func) (*identity.Up
 	return a.cache.current(w, nil, a.trust.Load())
 }
 
+// Forget drops what is held for a workload that will not come again, such as a volume (see attestor.VolumeKey) that has been unmounted.
+// Its streams end with identity.ErrDenied.
+func (a *Agent) Forget(who string) {
+	a.cache.mu.Lock()
+	defer a.cache.mu.Unlock()
+	if w := a.cache.byKey[who]; w != nil {
+		a.cache.drop(w, fmt.Errorf("%w: the workload's volume is gone", identity.ErrDenied))
+	}
+}
+
 // identify attests the caller. The result is to be wiped.
 func identify(ctx context.Context, attest attestor.Func) (*attestor.Workload, error) {
 	wl, err := attest(ctx)

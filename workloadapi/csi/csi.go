@@ -43,7 +43,7 @@ const (
 	staticVersion   = "1.0.0" // of the CSI that the kubelet is told: it looks at the major number
 )
 
-// Config of a Driver. All but Log and Version are required.
+// Config of a Driver. All but Log, Forget and Version are required.
 type Config struct {
 	Socket          string // of the driver; the kubelet finds it under the same path
 	RegistrationDir string // the kubelet's, watched by it
@@ -53,6 +53,7 @@ type Config struct {
 	Audience        string // of the pods' tokens
 	Version         string
 	Source          workloadapi.Source
+	Forget          func(key string) // has the source drop what it holds for a volume that is gone
 	API             *workloadapi.Server // serves the volumes' sockets
 	Log             *slog.Logger
 }
@@ -97,6 +98,9 @@ func New(c Config) (*Driver, error) {
 func newDriver(c Config, h hooks) (*Driver, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Forget == nil {
+		c.Forget = func(string) {}
 	}
 	if c.Version == "" {
 		c.Version = "dev"

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"countersign.io/countersign/attestor"
 	"countersign.io/countersign/identity"
 )
 
@@ -172,6 +173,7 @@ func (d *Driver) drop(v *volume) error {
 	if errors.Is(err, net.ErrClosed) {
 		err = nil
 	}
+	d.cfg.Forget(attestor.VolumeKey(v.Pod.UID, v.ID))
 	return errors.Join(err, d.mounts.unbind(v.place()), d.dir.remove(nameOf(v.ID)))
 }
 

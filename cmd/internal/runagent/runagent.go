@@ -68,7 +68,7 @@ func Run(ctx context.Context, c *config.Agent, o Options) error {
 	if c.CSI != nil {
 		driver, err := csi.New(csi.Config{
 			Socket: c.CSI.Socket, RegistrationDir: c.CSI.RegistrationDir, KubeletDir: c.CSI.KubeletDir, Dir: c.CSI.Dir, Node: c.CSI.Node,
-			Audience: c.CSI.Audience, Version: o.Version, Source: a, API: api, Log: o.Log,
+			Audience: c.CSI.Audience, Version: o.Version, Source: a, Forget: a.Forget, API: api, Log: o.Log,
 		})
 		if err != nil {
 			health.Close()
