@@ -265,7 +265,9 @@ func (d *Driver) restore() error {
 			_ = v.close()
 			continue
 		}
+		d.mu.Lock()
 		d.volumes[w.ID] = v
+		d.mu.Unlock()
 	}
 	orphans, err := d.dir.orphans()
 	if err != nil {
@@ -276,8 +278,8 @@ func (d *Driver) restore() error {
 			d.log.Error("could not remove a folder that is no volume's", "path", d.dir.volume(name), "error", err)
 		}
 	}
-	if len(d.volumes) > 0 {
-		d.log.Info("took up the volumes from before the restart", "volumes", len(d.volumes))
+	if n := d.Volumes(); n > 0 {
+		d.log.Info("took up the volumes from before the restart", "volumes", n)
 	}
 	return nil
 }

@@ -162,7 +162,6 @@ func (s *fakeSource) FetchJWT(ctx context.Context, attest attestor.Func, audienc
 type fakeMounts struct {
 	mu      sync.Mutex
 	at      map[place]os.FileInfo
-	gone    map[place]bool // the pod's folder is gone
 	bindErr error
 	binds   int
 }
