@@ -191,11 +191,11 @@ func TestRights(t *testing.T) {
 		"authentication.k8s.io tokenreviews create", "core pods,namespaces get,list,watch", "apps replicasets get,list,watch",
 		"/.well-known/openid-configuration,/openid/v1/jwks get",
 	}
-	ctb := []string{"certificates.k8s.io clustertrustbundles create,get,update,patch,delete", "certificates.k8s.io signers countersign.io/* attest"}
-	spaces := []string{"core configmaps create", "core configmaps countersign-bundle get,update,patch,delete"}
+	ctb := []string{"certificates.k8s.io clustertrustbundles create,get,list,watch,update,patch,delete", "certificates.k8s.io signers countersign.io/* attest"}
+	spaces := []string{"core configmaps create", "core configmaps countersign-bundle get,list,watch,update,patch,delete"}
 	res := []string{
-		"countersign.io workloadidentities,federatedtrustdomains,kubeclusters get,list,watch",
-		"countersign.io workloadidentities/status,federatedtrustdomains/status,kubeclusters/status get,update,patch",
+		"countersign.io workloadidentities,federatedtrustdomains,kubeclusters get,list,watch,patch",
+		"countersign.io workloadidentities/status,federatedtrustdomains/status,kubeclusters/status patch", "events.k8s.io events create,patch",
 	}
 	for _, c := range []struct {
 		values string
@@ -210,7 +210,7 @@ func TestRights(t *testing.T) {
 		if rules, want := rulesOf(t, got["ClusterRole/countersign-members"]), slices.Concat(c.want...); !slices.Equal(rules, want) {
 			t.Errorf("with %q members may\n%s\nwant\n%s", c.values, strings.Join(rules, "\n"), strings.Join(want, "\n"))
 		}
-		want := []string{"core configmaps create", "core configmaps countersign-bundle get,update,patch"}
+		want := []string{"core configmaps create", "core configmaps countersign-bundle get,list,watch,update,patch"}
 		if rules := rulesOf(t, got["Role/countersign-members"]); !slices.Equal(rules, want) {
 			t.Errorf("in their namespace members may %q, want %q", rules, want)
 		}
@@ -393,25 +393,53 @@ func mustRead(t *testing.T, name string) []byte {
 	return raw
 }
 
-// TestValuesCannotAddObjects: a value with YAML of its own in it stays a value.
-func TestValuesCannotAddObjects(t *testing.T) {
+// FuzzValues: whatever a file of values says, it is refused, or gives the chart's own objects and no other.
+func FuzzValues(f *testing.F) {
+	seeds, err := os.ReadDir("testdata/fuzz/FuzzValues")
+	if err != nil || len(seeds) == 0 {
+		f.Fatalf("no seeds: %v", err)
+	}
 	evil := "x\n---\nkind: ClusterRoleBinding\napiVersion: v1\nmetadata: {name: evil}"
-	for _, key := range []string{"members.defaultID", "members.image", "agent.caPin", "audience", "cluster", "trustDomain", "image.tag", "image.registry", "members.priorityClassName", "members.storage.className", "bundle.namespaces", "agent.csi.kubeletDir"} {
-		base := values(t, "trustDomain: example.org")
-		q, err := json.Marshal(evil)
+	for _, key := range []string{
+		"members.defaultID", "members.image", "agent.caPin", "audience", "cluster", "trustDomain", "image.tag", "image.registry", "members.priorityClassName",
+		"members.storage.className", "members.storage.size", "bundle.namespaces", "agent.csi.kubeletDir", "logFormat", "agent.maxUnavailable",
+	} {
+		quoted, err := json.Marshal(evil)
 		if err != nil {
-			t.Fatal(err)
+			f.Fatal(err)
 		}
-		v, err := deploy.Set(base, fmt.Sprintf("%s=%s", key, q))
+		v, err := deploy.Set(map[string]any{"trustDomain": "example.org"}, fmt.Sprintf("%s=%s", key, quoted))
 		if err != nil {
-			t.Fatal(err)
+			f.Fatal(err)
+		}
+		raw, err := yaml.Marshal(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(raw))
+	}
+	known := []string{
+		"CSIDriver/csi.countersign.io", "ClusterRole/countersign-members", "ClusterRoleBinding/countersign-members", "ConfigMap/countersign",
+		"ConfigMap/countersign-agent", "DaemonSet/countersign-agent", "NetworkPolicy/countersign", "NetworkPolicy/countersign-agent",
+		"PodDisruptionBudget/countersign", "Role/countersign-members", "RoleBinding/countersign-members", "Service/countersign",
+		"Service/countersign-members", "ServiceAccount/countersign", "ServiceAccount/countersign-agent", "StatefulSet/countersign",
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		v, err := deploy.ReadValues(strings.NewReader(text))
+		if err != nil {
+			return
 		}
 		raw, err := deploy.Render(deploy.Options{Values: v})
 		if err != nil {
-			continue // refused is as well
+			if !errors.Is(err, identity.ErrInvalid) {
+				t.Errorf("%v: it does not wrap ErrInvalid", err)
+			}
+			return
 		}
-		if _, ok := objects(t, raw)["ClusterRoleBinding/evil"]; ok {
-			t.Errorf("%s made an object of its own", key)
+		for id := range objects(t, raw) {
+			if !slices.Contains(known, id) {
+				t.Errorf("%s is not the chart's", id)
+			}
 		}
-	}
+	})
 }
