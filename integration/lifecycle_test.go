@@ -3,6 +3,9 @@
 package integration
 
 import (
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"net/http"
 	"os"
@@ -11,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
@@ -252,4 +256,159 @@ func (p *play) event(pod, reason, says string) {
 		}
 	}
 	p.t.Errorf("pod %s: no event %s with %q: %v", pod, reason, says, last)
+}
+
+// TestStageNodeLost has the kubelet die. Nobody can confirm the end of the node's pods, which run on.
+func TestStageNodeLost(t *testing.T) {
+	p := onStage(t)
+	p.account("web")
+	r := p.follow("web", "web", `  terminationGracePeriodSeconds: 2
+  tolerations:
+  - {key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 1}
+  - {key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 1}
+`)
+	r.identity()
+	token := p.token(r.pod)
+	before, began := len(r.seen()), time.Now()
+	if err := p.n.StopKubelet(p.ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer p.settle()
+	var deleted time.Time
+	if err := node.WaitFor(p.ctx, p.n, p.pods(), "web", "the pod is to end", func(o *corev1.Pod) bool {
+		if o.DeletionTimestamp != nil {
+			deleted = o.DeletionTimestamp.Time
+		}
+		return o.DeletionTimestamp != nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	g := r.until("the end of its identity", before, func(g glimpse) bool { return g.Event == "error" })
+	if !strings.Contains(g.Error, "PermissionDenied") {
+		t.Errorf("the stream ended with %s", g.Error)
+	}
+	t.Logf("its grace period was over %v after the kubelet died, the stream ended %v after that: %s",
+		deleted.Sub(began).Round(time.Second), g.Time.Sub(deleted).Round(100*time.Millisecond), g.Error)
+	p.refused(token, "")
+	if err := p.n.StartKubelet(p.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.n.WaitGone(p.ctx, p.pods(), "web"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// settle waits until the stage is whole again, with the kubelet and the API server running.
+func (p *play) settle() {
+	p.t.Helper()
+	if err := p.n.StartAPI(p.ctx); err != nil { // unless it runs
+		p.t.Fatal(err)
+	}
+	if err := p.n.StartKubelet(p.ctx); err != nil {
+		p.t.Fatal(err)
+	}
+	if err := node.WaitFor(p.ctx, p.n, "/api/v1/nodes", node.Name, "the node is ready", node.Ready); err != nil {
+		p.t.Fatal(err)
+	}
+	for app, count := range map[string]int{"countersign": members, "countersign-agent": 1} {
+		if _, err := p.n.WaitReady(p.ctx, "countersign", "app.kubernetes.io/name="+app, count); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+}
+
+// TestStageTokenEnds has a pod's token end while the API server is away, so that the kubelet cannot renew it. The pod has it from a
+// folder of the node: one as the API server signs it, but of a minute, since that gives none of less than ten.
+func TestStageTokenEnds(t *testing.T) {
+	p := onStage(t)
+	p.account("web")
+	dir := filepath.Join(p.n.Dir(), p.ns)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r := p.start("web", p.podManifest("web", "web", fmt.Sprintf(`
+  volumes:
+  - {name: agent, hostPath: {path: /run/countersign, type: Directory}}
+  - {name: token, hostPath: {path: %s, type: Directory}}
+`, dir), sharedMounts, "", "/pod", "follow"))
+	end := time.Now().Add(time.Minute)
+	put := func(token string) {
+		file := filepath.Join(dir, "next")
+		if err := os.WriteFile(file, []byte(token), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file, filepath.Join(dir, "token")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(p.until(p.token(r.pod), end))
+	svid := r.until("an SVID", 0, func(g glimpse) bool { return g.Event == "svid" })
+	other := p.follow("other", "web", "")
+	other.identity()
+	before := len(r.seen())
+	if err := p.n.StopAPI(p.ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer p.settle()
+	down := time.Now()
+	unavailable := r.until("the end of its SVID", before, func(g glimpse) bool { return g.Event == "error" && g.Time.After(svid.Expires) })
+	t.Logf("its SVID's time was over, and the stream ended, %v after the API server went: %s", unavailable.Time.Sub(down).Round(time.Second), unavailable.Error)
+	if !strings.Contains(unavailable.Error, "Unavailable") {
+		t.Errorf("the stream ended with %s", unavailable.Error)
+	}
+	denied := r.until("the end of its token", before, func(g glimpse) bool { return strings.Contains(g.Error, "PermissionDenied") })
+	t.Logf("its token's time was over %v after the API server went; the next answer, %v later: %s",
+		end.Sub(down).Round(time.Second), denied.Time.Sub(end).Round(100*time.Millisecond), denied.Error)
+	if denied.Time.Before(end) || !strings.Contains(denied.Error, "expired") {
+		t.Errorf("got %+v", denied)
+	}
+	before, others := len(r.seen()), len(other.seen())
+	if err := p.n.StartAPI(p.ctx); err != nil {
+		t.Fatal(err)
+	}
+	back := time.Now()
+	g := other.until("an SVID, with the API server back", others, func(g glimpse) bool { return g.Event == "svid" })
+	t.Logf("a pod with a token that lasted has an SVID again %v after the API server was back", g.Time.Sub(back).Round(100*time.Millisecond))
+	put(p.token(r.pod))
+	r.until("an SVID by a new token", before, func(g glimpse) bool { return g.Event == "svid" })
+}
+
+// until signs a token anew, with the API server's own key, to end then.
+func (p *play) until(token string, end time.Time) string {
+	p.t.Helper()
+	pemKey, err := os.ReadFile(filepath.Join(p.n.Dir(), "pki", "sa.key"))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	block, _ := pem.Decode(pemKey)
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	old, err := jose.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	claims := map[string]any{}
+	if err := json.Unmarshal(old.UnsafePayloadWithoutVerification(), &claims); err != nil {
+		p.t.Fatal(err)
+	}
+	claims["exp"] = end.Unix()
+	payload, err := json.Marshal(claims)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: key}, (&jose.SignerOptions{}).WithHeader("kid", old.Signatures[0].Header.KeyID))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	signed, err := signer.Sign(payload)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	out, err := signed.CompactSerialize()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return out
 }

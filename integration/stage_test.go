@@ -6,7 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -43,26 +42,11 @@ var sharedStage = sync.OnceValues(func() (*stage, error) {
 		return nil, err
 	}
 	s := &stage{n: n}
-	image := func(name, user string) node.Image {
-		return node.Image{Name: "node.test/" + name + ":it", Programs: []string{filepath.Join(programs, name)}, Entrypoint: []string{"/" + name}, User: user}
-	}
-	if err := n.Build(ctx, image("countersign", "65532:65532"), image("countersign-agent", "")); err != nil {
-		return nil, err
-	}
-	if err := n.Volumes(ctx, members); err != nil {
-		return nil, err
-	}
-	manifest, err := render()
-	if err != nil {
-		return nil, err
-	}
-	if err := n.Apply(ctx, manifest); err != nil {
-		return nil, err
-	}
-	if _, err := n.WaitReady(ctx, "countersign", "app.kubernetes.io/name=countersign", members); err != nil {
-		return nil, s.explain(ctx, err)
-	}
-	if _, err := n.WaitReady(ctx, "countersign", "app.kubernetes.io/name=countersign-agent", 1); err != nil {
+	if err := n.Install(ctx, node.Installation{
+		Countersign: filepath.Join(bin, "countersign"), Programs: programs, TrustDomain: kubeDomain, Members: members,
+		// Lives are short, so that tests see many of them.
+		Set: []string{"logFormat=text", "members.config={x509_ttl: 20s, max_staleness: 1m}"},
+	}); err != nil {
 		return nil, s.explain(ctx, err)
 	}
 	out, err := s.admin(ctx, "bundle", "show", "-o", "json")
@@ -78,26 +62,6 @@ var sharedStage = sync.OnceValues(func() (*stage, error) {
 	s.pin = bundle.CAPin
 	return s, nil
 })
-
-// render is what a user applies. Lives are short, so that tests see many of them.
-func render(more ...string) (string, error) {
-	args := []string{"install", "kube", "--trust-domain", kubeDomain}
-	for _, set := range append([]string{
-		"image.registry=node.test", "image.tag=it", "logFormat=text", "members.antiAffinity=preferred",
-		"members.config={x509_ttl: 20s, max_staleness: 1m}",
-		"agent.config={csi: {audience: countersign}}",
-	}, more...) {
-		args = append(args, "--set", set)
-	}
-	var errs strings.Builder
-	cmd := exec.Command(filepath.Join(bin, "countersign"), args...)
-	cmd.Stderr = &errs
-	out, err := cmd.Output()
-	if err != nil {
-		return "", fmt.Errorf("countersign %s: %w: %s", strings.Join(args, " "), err, errs.String())
-	}
-	return string(out), nil
-}
 
 // explain adds to an error what the pods of the product wrote last.
 func (s *stage) explain(ctx context.Context, err error) error {

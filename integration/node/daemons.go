@@ -72,8 +72,11 @@ state = "/run/containerd"
 	return n.Build(ctx, Image{Name: PauseImage, Programs: []string{n.conf.Pause}, Entrypoint: []string{"/" + filepath.Base(n.conf.Pause), "pause"}})
 }
 
-// StartKubelet starts the kubelet, also one that was stopped before.
+// StartKubelet starts the kubelet, also one that was stopped before; one that runs is left alone.
 func (n *Node) StartKubelet(ctx context.Context) error {
+	if n.hold.runs("kubelet") {
+		return nil
+	}
 	pki := n.path("pki")
 	config := fmt.Sprintf(`apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration

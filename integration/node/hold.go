@@ -152,6 +152,12 @@ func (h *holder) ask(ctx context.Context, req Request) (string, error) {
 	}
 }
 
+func (h *holder) runs(name string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.ended[name] != nil
+}
+
 // kill ends a daemon at once, and waits for that.
 func (h *holder) kill(ctx context.Context, name string) error {
 	h.mu.Lock()

@@ -169,8 +169,11 @@ func (n *Node) Run(ctx context.Context, stdin string, argv ...string) (string, e
 	return out, nil
 }
 
-// StartAPI starts the API server, also one that was stopped before.
+// StartAPI starts the API server, also one that was stopped before; one that runs is left alone.
 func (n *Node) StartAPI(ctx context.Context) error {
+	if n.hold.runs("api") {
+		return nil
+	}
 	argv := []string{filepath.Join(n.conf.Bin, "kubeapi"), "-dir", n.conf.Dir, "-port", "443", "-bind", "0.0.0.0", "-address", Address, "-node", Name}
 	if n.conf.Issuer != "" {
 		argv = append(argv, "-issuer", n.conf.Issuer)
