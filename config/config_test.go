@@ -140,8 +140,13 @@ func TestAgentFaults(t *testing.T) {
 		"key type":         {goodAgent + "key_type: dsa\n", "key_type"},
 		"half a pair":      {strings.Replace(goodAgent, "{kube: {cluster: prod}}", "{x509pop: {cert_file: /x}}", 1), "both needed"},
 		"relative socket":  {goodAgent + "socket: x\n", "socket"},
+		"csi, no node":     {goodAgent + "csi: {}\n", "csi.node is missing"},
+		"csi, relative":    {goodAgent + "csi: {node: n, dir: x}\n", "csi.dir"},
+		"csi, relative 2":  {goodAgent + "csi: {node: n, kubelet_dir: x}\n", "csi.kubelet_dir"},
+		"csi, unknown":     {goodAgent + "csi: {node: n, sockets: /x}\n", "sockets"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Setenv("NODE_NAME", "")
 			_, err := ParseAgent("x", []byte(c.yaml))
 			if !errors.Is(err, identity.ErrInvalid) || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("want %q, got %v", c.want, err)
@@ -177,6 +182,20 @@ func FuzzParse(f *testing.F) {
 			t.Error("accepted an agent that Check refuses")
 		}
 	})
+}
+
+// TestCSIDefaults: the block alone turns the driver on, with the folders that a kubelet has.
+func TestCSIDefaults(t *testing.T) {
+	t.Setenv("NODE_NAME", "node-7")
+	c, err := ParseAgent("x", []byte(goodAgent+"csi: {}\n"))
+	want := AgentCSI{Socket: "/var/lib/kubelet/plugins/csi.countersign.io/csi.sock", RegistrationDir: "/var/lib/kubelet/plugins_registry",
+		KubeletDir: "/var/lib/kubelet", Dir: "/run/countersign/csi", Node: "node-7", Audience: "countersign"}
+	if err != nil || c.CSI == nil || *c.CSI != want {
+		t.Errorf("%+v, %v", c.CSI, err)
+	}
+	if c, err := ParseAgent("x", []byte(goodAgent)); err != nil || c.CSI != nil {
+		t.Errorf("without the block: %+v, %v", c.CSI, err)
+	}
 }
 
 // TestDocumentation keeps docs/CONFIG.md equal to the structs and their comments: run with -update after a change.

@@ -53,7 +53,7 @@ type Config struct {
 	Audience        string // of the pods' tokens
 	Version         string
 	Source          workloadapi.Source
-	Forget          func(key string) // has the source drop what it holds for a volume that is gone
+	Forget          func(key string)    // has the source drop what it holds for a volume that is gone
 	API             *workloadapi.Server // serves the volumes' sockets
 	Log             *slog.Logger
 }
@@ -138,7 +138,7 @@ func (d *Driver) check() error {
 			return fmt.Errorf("%w: %s %q: want an absolute path, written plainly", identity.ErrInvalid, f.name, f.path)
 		}
 	}
-	if !isName.MatchString(c.Node) {
+	if !isName(c.Node) {
 		return fmt.Errorf("%w: csi.node %q: want the node's name, such as from the environment variable NODE_NAME", identity.ErrInvalid, c.Node)
 	}
 	if c.Audience == "" || len(c.Audience) > identity.MaxAudienceBytes {

@@ -35,15 +35,25 @@ const (
 	maxJWTs        = 8
 )
 
+// The forms of what names something; lengths apart, since a count in an expression costs each agent memory.
 var (
-	isVolumeID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-	isUID      = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
-	isLabel    = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
-	isName     = regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?$`)
-	isJWTName  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
-	isAudience = regexp.MustCompile(`^[!-+\--~]{1,512}$`) // printable ASCII without space and comma
-	isGroup    = regexp.MustCompile(`^(0|[1-9][0-9]{0,9})$`)
+	isVolumeIDForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+	isUIDForm      = regexp.MustCompile(`^[0-9a-f]+-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+$`)
+	isLabelForm    = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
+	isNameForm     = regexp.MustCompile(`^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$`)
+	isAudienceForm = regexp.MustCompile(`^[!-+\--~]+$`) // printable ASCII without space and comma
 )
+
+func isVolumeID(s string) bool { return len(s) <= 128 && isVolumeIDForm.MatchString(s) }
+func isLabel(s string) bool    { return len(s) <= 63 && isLabelForm.MatchString(s) }
+func isName(s string) bool     { return len(s) <= 253 && isNameForm.MatchString(s) }
+func isJWTName(s string) bool  { return len(s) <= 63 && isVolumeIDForm.MatchString(s) }
+func isAudience(s string) bool { return len(s) <= 512 && isAudienceForm.MatchString(s) }
+
+// isUID is RFC 9562's form, as API servers write it.
+func isUID(s string) bool {
+	return len(s) == 36 && s[8] == '-' && s[13] == '-' && s[18] == '-' && s[23] == '-' && isUIDForm.MatchString(s)
+}
 
 // pod is whose volume it is, as the kubelet says.
 type pod struct {
@@ -56,14 +66,14 @@ type pod struct {
 func (p pod) check() error {
 	for _, f := range []struct {
 		key, value string
-		form       *regexp.Regexp
+		form       func(string) bool
 	}{
 		{podUIDKey, p.UID, isUID}, {podNameKey, p.Name, isName}, {podNamespaceKey, p.Namespace, isLabel}, {podAccountKey, p.ServiceAccount, isName},
 	} {
 		if f.value == "" {
 			return fmt.Errorf("%w: the volume context has no %s: the CSIDriver object must have podInfoOnMount: true", identity.ErrInvalid, f.key)
 		}
-		if !f.form.MatchString(f.value) {
+		if !f.form(f.value) {
 			return fmt.Errorf("%w: the volume context's %s %s is not well formed", identity.ErrInvalid, f.key, quote(f.value))
 		}
 	}
@@ -117,14 +127,14 @@ func (w *wanted) check() error {
 	if err := w.Pod.check(); err != nil {
 		return err
 	}
-	if !isLabel.MatchString(w.Volume) {
+	if !isLabel(w.Volume) {
 		return fmt.Errorf("%w: the volume's name %s is not well formed", identity.ErrInvalid, quote(w.Volume))
 	}
 	if len(w.JWTs) > maxJWTs || len(w.JWTs) > 0 && !w.Files {
 		return fmt.Errorf("%w: %d JWT-SVIDs: at the most %d, and only with files", identity.ErrInvalid, len(w.JWTs), maxJWTs)
 	}
 	for _, j := range w.JWTs {
-		if !isJWTName.MatchString(j.Name) || !isAudience.MatchString(j.Audience) {
+		if !isJWTName(j.Name) || !isAudience(j.Audience) {
 			return fmt.Errorf("%w: file %s for audience %s: not well formed", identity.ErrInvalid, quote(j.Name), quote(j.Audience))
 		}
 	}
@@ -135,7 +145,7 @@ func checkVolumeID(id string) error {
 	if id == "" {
 		return fmt.Errorf("%w: the volume ID is missing", identity.ErrInvalid)
 	}
-	if !isVolumeID.MatchString(id) {
+	if !isVolumeID(id) {
 		return fmt.Errorf("%w: the volume ID %s is not well formed: want 1 to 128 letters, digits, '.', '_' and '-'", identity.ErrInvalid, quote(id))
 	}
 	return nil
@@ -187,7 +197,7 @@ func (d *Driver) parseTarget(path string) (place, error) {
 		return place{}, bad
 	}
 	p := strings.Split(rest, "/")
-	if len(p) != 5 || p[1] != "volumes" || p[2] != "kubernetes.io~csi" || p[4] != "mount" || !isUID.MatchString(p[0]) || !isLabel.MatchString(p[3]) {
+	if len(p) != 5 || p[1] != "volumes" || p[2] != "kubernetes.io~csi" || p[4] != "mount" || !isUID(p[0]) || !isLabel(p[3]) {
 		return place{}, bad
 	}
 	return place{podUID: p[0], volume: p[3]}, nil
@@ -225,7 +235,7 @@ func checkCapability(req *csispec.NodePublishVolumeRequest) (*int, error) {
 		return nil, nil
 	}
 	n, err := strconv.ParseUint(group, 10, 32)
-	if err != nil || !isGroup.MatchString(group) || n >= 1<<31-1 {
+	if err != nil || strconv.FormatUint(n, 10) != group || n >= 1<<31-1 {
 		return bad("the volume mount group %s is no group's number", quote(group))
 	}
 	gid := int(n)
@@ -283,7 +293,7 @@ func parseJWTs(value string) ([]jwtFile, error) {
 		if !ok {
 			audience = name
 		}
-		if !isJWTName.MatchString(name) || !isAudience.MatchString(audience) {
+		if !isJWTName(name) || !isAudience(audience) {
 			return nil, fmt.Errorf("%w: volume attribute %s: %s: want AUDIENCE or NAME=AUDIENCE, the name of at the most 63 letters, digits, '.', '_' and '-', the audience without spaces and commas",
 				identity.ErrInvalid, jwtAttribute, quote(item))
 		}
