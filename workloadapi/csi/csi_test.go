@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -336,5 +337,35 @@ func TestTokenWiped(t *testing.T) {
 	}
 	if _, err := v.attest(t.Context()); !errors.Is(err, identity.ErrDenied) {
 		t.Errorf("a volume that is gone: %v", err)
+	}
+}
+
+// TestIdleBytes logs what an idle volume costs, token included.
+func TestIdleBytes(t *testing.T) {
+	w := newWorld(t)
+	n := w.start()
+	eventually(t, "the driver answers", func() bool { _, err := n.node().NodeGetInfo(w.ctx(), nil); return err == nil })
+	measure := func() int64 {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc + m.StackInuse)
+	}
+	const volumes = 200
+	before := measure()
+	for i := range volumes {
+		want, token, err := n.d.parsePublish(w.request(i, "wait", "false"))
+		if err == nil {
+			err = n.d.publish(w.ctx(), want, token)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	per := (measure() - before) / volumes
+	t.Logf("%d bytes for each idle volume (heap and stacks)", per)
+	if per > 64<<10 {
+		t.Errorf("%d bytes for each idle volume", per)
 	}
 }
