@@ -180,7 +180,7 @@ func TestKubeAgent(t *testing.T) {
 	k.namespace("countersign")
 	register(w, "--token-review", "--kubeconfig", k.kubeconfig("reviewer", mayReview(), mayWatch()), "--agent-account", "countersign/agent")
 	start := func(name string, p kubePod) (*cluster.Process, string, func() error) {
-		return startKubeAgent(w, name, k.token(p, "countersign"))
+		return startKubeAgent(w, name, "kube", k.token(p, "countersign"))
 	}
 
 	listed := k.pod("countersign", "agent-1", "agent", "node-1")
@@ -245,7 +245,7 @@ func TestKubeAgent(t *testing.T) {
 }
 
 // startKubeAgent starts an agent whose own pod has that token; ready asks it, as a probe does.
-func startKubeAgent(w *world, name, token string) (p *cluster.Process, socket string, ready func() error) {
+func startKubeAgent(w *world, name, kubeCluster, token string) (p *cluster.Process, socket string, ready func() error) {
 	w.t.Helper()
 	dir := filepath.Join(w.Dir, name)
 	health, err := cluster.FreeAddress()
@@ -259,8 +259,8 @@ func startKubeAgent(w *world, name, token string) (p *cluster.Process, socket st
 	state := cluster.StateDir(w.Dir, name)
 	w.t.Cleanup(func() { os.RemoveAll(state) })
 	socket = filepath.Join(dir, "agent.sock")
-	yaml := fmt.Sprintf("version: 1\ntrust_domain: %s\nservers: [%q]\nca_pin: %s\nsocket: %s\nstate_dir: %s\nhealth: %s\nattest: {kube: {cluster: kube, token_path: %s}}\n",
-		w.TrustDomain, w.Members[0].Address, b.CAPin, socket, state, health, filepath.Join(dir, "token"))
+	yaml := fmt.Sprintf("version: 1\ntrust_domain: %s\nservers: [%q]\nca_pin: %s\nsocket: %s\nstate_dir: %s\nhealth: %s\nattest: {kube: {cluster: %s, token_path: %s}}\n",
+		w.TrustDomain, w.Members[0].Address, b.CAPin, socket, state, health, kubeCluster, filepath.Join(dir, "token"))
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		w.t.Fatal(err)
 	}
@@ -399,4 +399,75 @@ func TestKubeDownAlone(t *testing.T) {
 			t.Fatal(w.ctx.Err())
 		}
 	}
+}
+
+// TestKubeTwoClusters registers two kube clusters that look alike: the same namespace, account, pod and node names, and the same
+// issuer. What tells them apart is their keys.
+func TestKubeTwoClusters(t *testing.T) {
+	first, second := newKubeAPI(t), newKubeAPI(t)
+	w := newWorld(t, 1, shortTTL)
+	add := func(name, path string, k *kubeAPI) {
+		w.admin("kube", "add", name, "--issuer", kubeIssuer, "--jwks-file", k.jwks(), "--token-review",
+			"--kubeconfig", k.kubeconfig("member", mayReview(), mayWatch()), "--default-id", path, "--agent-account", "shop/agent")
+	}
+	add("first", "/first/ns/{k8s:ns}/sa/{k8s:sa}", first)
+	add("second", "/second/ns/{k8s:ns}/sa/{k8s:sa}", second)
+	node := map[string]*cluster.Agent{}
+	for _, name := range []string{"first", "second"} {
+		a, err := w.StartAgent(w.ctx, name+"/node-1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		node[name] = a
+	}
+	of := func(k *kubeAPI) kubePod { return k.pod("shop", "web", "web", "node-1") }
+	pods := map[string]kubePod{"first": of(first), "second": of(second)}
+	tokens := map[string]string{"first": first.token(pods["first"], "countersign"), "second": second.token(pods["second"], "countersign")}
+	for _, here := range []string{"first", "second"} {
+		n := newKubelet(t, w.ctx, w.Cluster, node[here].Socket)
+		want := "identity spiffe://" + trustDomain + "/" + here + "/ns/shop/sa/web"
+		if out := n.sandbox(pods[here].uid, "cgroupfs", tokens[here]).ask(); out != want {
+			t.Errorf("a pod of cluster %s: got %q, want %q", here, out, want)
+		}
+		there := map[string]string{"first": "second", "second": "first"}[here]
+		// As if a pod's volume had been carried over, with all that it says of itself.
+		if out := n.sandbox(pods[there].uid, "systemd", tokens[there]).ask(); !strings.HasPrefix(out, "refused PermissionDenied") {
+			t.Errorf("a pod of cluster %s behind an agent of cluster %s: %s", there, here, out)
+		}
+		if out := n.sandbox(pods[here].uid, "systemd", tokens[there]).ask(); !strings.HasPrefix(out, "refused PermissionDenied") {
+			t.Errorf("a token of cluster %s in a pod of cluster %s: %s", there, here, out)
+		}
+	}
+
+	// A token that claims to be of one and is signed by the other has no key, whatever else it says; and each API server backs its own alone.
+	mixed := tokens["first"][:strings.LastIndex(tokens["first"], ".")] + tokens["second"][strings.LastIndex(tokens["second"], "."):]
+	n := newKubelet(t, w.ctx, w.Cluster, node["first"].Socket)
+	if out := n.sandbox(pods["first"].uid, "cgroupfs", mixed).ask(); !strings.HasPrefix(out, "refused") {
+		t.Errorf("a token with the other cluster's signature: %s", out)
+	}
+	// The pods' end in one cluster is nothing to the other's.
+	first.delete(pods["first"])
+	w.eventually("a deleted pod's token is refused", func() error {
+		if out := n.sandbox(pods["first"].uid, "systemd", tokens["first"]).ask(); strings.HasPrefix(out, "identity") {
+			return fmt.Errorf("%s", out)
+		}
+		return nil
+	})
+	if out := newKubelet(t, w.ctx, w.Cluster, node["second"].Socket).sandbox(pods["second"].uid, "systemd", tokens["second"]).ask(); !strings.HasPrefix(out, "identity") {
+		t.Errorf("the other cluster's pod of the same name: %s", out)
+	}
+	// An agent's own token is of its cluster too.
+	agent := second.pod("shop", "agent", "agent", "node-1")
+	_, _, ready := startKubeAgent(w, "carried", "first", second.token(agent, "countersign"))
+	log := filepath.Join(w.Dir, "carried", "log")
+	w.eventually("the agent says why it is refused", func() error {
+		if ready() == nil {
+			t.Fatal("the agent is ready")
+		}
+		data, _ := os.ReadFile(log)
+		if !strings.Contains(string(data), "is of kube cluster") {
+			return fmt.Errorf("the log does not say: %s", data)
+		}
+		return nil
+	})
 }
