@@ -397,3 +397,67 @@ func TestCSIForged(t *testing.T) {
 		t.Errorf("with the modes wide open: %v", err)
 	}
 }
+
+// TestCSIKilled kills the agent while it mounts and unmounts for many pods, at another moment each time. Every pod gets its identity from
+// the kubelet's same call again, none that has one loses it, and nothing is left in the end.
+func TestCSIKilled(t *testing.T) {
+	n := newCSINode(t)
+	const pods, rounds = 16, 5
+	all := make([]*csiPod, pods)
+	for i := range all {
+		attributes := []string{"wait", "true"}
+		if i%3 == 0 {
+			attributes = []string{"files", "true"}
+		}
+		all[i] = n.pod(fmt.Sprintf("app-%d", i), attributes...)
+	}
+	for round := range rounds {
+		// Half of the calls mount, the others unmount what the round before has mounted; the kill is after some of the answers.
+		done := make(chan error, pods)
+		for i, p := range all {
+			go func() {
+				if (i+round)%2 == 0 {
+					done <- p.publish()
+				} else {
+					done <- p.unpublish()
+				}
+			}()
+		}
+		for range round * pods / rounds {
+			<-done
+		}
+		n.agent.Process.Kill()
+		for range pods - round*pods/rounds {
+			<-done
+		}
+		n.starting(func() error { return n.RestartAgent(n.ctx, n.agent) })
+		for i, p := range all {
+			if (i+round)%2 == 0 {
+				if p.mounts() > 0 { // it may be running: its socket answers before the kubelet calls, though what was signed in the last moment may be lost
+					if _, err := p.x509(); err != nil && !strings.Contains(err.Error(), "has not handed over the pod's token") {
+						t.Fatalf("round %d, pod %d: %v", round, i, err)
+					}
+				}
+				if err := p.publish(); err != nil {
+					t.Fatalf("round %d, pod %d: %v", round, i, err)
+				}
+				p.wantID()
+			} else if err := p.unpublish(); err != nil {
+				t.Fatalf("round %d, pod %d: %v", round, i, err)
+			}
+			if got := p.mounts(); got != (i+round+1)%2 {
+				t.Fatalf("round %d, pod %d: %d mounts", round, i, got)
+			}
+		}
+	}
+	for _, p := range all {
+		if err := p.unpublish(); err != nil || p.mounts() > 0 {
+			t.Errorf("%d mounts, %v", p.mounts(), err)
+		}
+	}
+	for _, dir := range []string{"volumes", "records"} {
+		if left, err := os.ReadDir(filepath.Join(n.dir, "run", "csi", dir)); err != nil || len(left) > 0 {
+			t.Errorf("left in %s: %v, %v", dir, left, err)
+		}
+	}
+}
