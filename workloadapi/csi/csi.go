@@ -79,6 +79,7 @@ type Driver struct {
 	// Only tests change these.
 	mounts    mounts
 	waitLimit time.Duration
+	retry     time.Duration // of files
 	now       func() time.Time
 	step      func(name string) error // between the steps of a publication
 }
@@ -106,7 +107,7 @@ func newDriver(c Config, h hooks) (*Driver, error) {
 		c.Version = "dev"
 	}
 	d := &Driver{cfg: c, log: c.Log, volumes: map[string]*volume{}, busy: map[string]struct{}{}, mounts: h.mounts,
-		waitLimit: waitLimit, now: time.Now, step: func(string) error { return nil },
+		waitLimit: waitLimit, retry: retryFirst, now: time.Now, step: func(string) error { return nil },
 		told: fmt.Errorf("%w: the kubelet has not registered the CSI driver yet: does it watch %s?", identity.ErrUnavailable, c.RegistrationDir)}
 	if err := d.check(); err != nil {
 		return nil, err
@@ -302,7 +303,7 @@ func (d *Driver) serve(v *volume) error {
 		return err
 	}
 	if v.Files {
-		v.files = &keeper{v: v, dir: d.dir.volume(name), source: d.cfg.Source, log: d.log, now: d.now}
+		v.files = &keeper{v: v, dir: d.dir.volume(name), source: d.cfg.Source, log: d.log, now: d.now, retry: d.retry}
 		v.files.start()
 	}
 	return nil

@@ -38,21 +38,24 @@ type keeper struct {
 	source workloadapi.Source
 	log    *slog.Logger
 	now    func() time.Time
+	retry  time.Duration // after the first failure; it doubles up to retryAtMost
 
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	first  chan struct{} // closed once all files are there
 
-	mu      sync.Mutex
-	update  *identity.Update // the newest
-	problem error            // why they are not there yet
-	wake    chan struct{}    // cap 1: the update is another one
+	mu     sync.Mutex
+	update *identity.Update // the newest
+	ended  error            // why the identity is not followed at the moment
+	unmade error            // why the files are not as the identity is
+	wake   chan struct{}    // cap 1: the update is another one
+	again  chan struct{}    // cap 1: watch need not wait any longer
 }
 
 // start keeps the files until stop.
 func (k *keeper) start() {
 	ctx, cancel := context.WithCancel(context.Background())
-	k.cancel, k.first, k.wake = cancel, make(chan struct{}), make(chan struct{}, 1)
+	k.cancel, k.first, k.wake, k.again = cancel, make(chan struct{}), make(chan struct{}, 1), make(chan struct{}, 1)
 	k.wg.Go(func() { k.watch(ctx) })
 	k.wg.Go(func() { k.write(ctx) })
 }
@@ -68,37 +71,61 @@ func (k *keeper) wait(ctx context.Context) error {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.problem == nil {
-		return fmt.Errorf("%w: the volume's files could not be written in time", identity.ErrUnavailable)
+	if err := errors.Join(k.ended, k.unmade); err != nil {
+		return fmt.Errorf("%w: the volume's files: %w", identity.ErrUnavailable, err)
 	}
-	return fmt.Errorf("%w: the volume's files: %w", identity.ErrUnavailable, k.problem)
+	return fmt.Errorf("%w: the volume's files could not be written in time", identity.ErrUnavailable)
 }
 
-func (k *keeper) failed(what string, err error) {
+// failed notes in one of ended and unmade why.
+func (k *keeper) failed(where *error, what string, err error) {
 	k.log.Warn(what, "namespace", k.v.Pod.Namespace, "pod", k.v.Pod.Name, "volume", k.v.Volume, "error", err)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.problem = err
+	*where = err
+}
+
+// poke has what went wrong tried again at once: there is a newer token.
+func (k *keeper) poke() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.ended != nil {
+		signal(k.again)
+	}
+	if k.unmade != nil {
+		signal(k.wake)
+	}
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
 
 // watch follows the identity. When it ends, there may be one again.
 func (k *keeper) watch(ctx context.Context) {
-	for wait := retryFirst; ; wait = min(2*wait, retryAtMost) {
+	for wait := k.retry; ; wait = min(2*wait, retryAtMost) {
 		err := k.source.Updates(ctx, k.v.attest, func(u *identity.Update) error {
 			k.mu.Lock()
 			defer k.mu.Unlock()
-			k.update, wait = u, retryFirst
-			select {
-			case k.wake <- struct{}{}:
-			default:
-			}
+			k.update, k.ended, wait = u, nil, k.retry
+			signal(k.wake)
 			return nil
 		})
 		if ctx.Err() != nil {
 			return
 		}
-		k.failed("the identity for a volume's files ended: asking again", err)
-		if !sleep(ctx, wait) {
+		k.failed(&k.ended, "the identity for a volume's files ended: asking again", err)
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+		case <-k.again:
+		}
+		t.Stop()
+		if ctx.Err() != nil {
 			return
 		}
 	}
@@ -111,7 +138,7 @@ func (k *keeper) write(ctx context.Context) {
 	defer timer.Stop()
 	var held []identity.JWTSVID // as the volume's JWTs; an empty one is none
 	var done bool
-	retry := retryFirst
+	retry := k.retry
 	for {
 		select {
 		case <-ctx.Done():
@@ -142,12 +169,15 @@ func (k *keeper) write(ctx context.Context) {
 			return
 		}
 		if err != nil {
-			k.failed("a volume's files could not be renewed: trying again", err)
+			k.failed(&k.unmade, "a volume's files could not be renewed: trying again", err)
 			timer.Reset(retry)
 			retry = min(2*retry, retryAtMost)
 			continue
 		}
-		retry = retryFirst
+		retry = k.retry
+		k.mu.Lock()
+		k.unmade = nil
+		k.mu.Unlock()
 		if !next.IsZero() {
 			timer.Reset(max(next.Sub(k.now()), time.Second))
 		}

@@ -179,6 +179,36 @@ func TestFilesWait(t *testing.T) {
 	eventually(t, "the files come later", func() bool { _, err := os.Stat(filepath.Join(n.folder(r), "jwt-billing")); return err == nil })
 }
 
+// TestFilesPoked: a newer token is tried at once, however long the pause after the last failure would be.
+func TestFilesPoked(t *testing.T) {
+	w := newWorld(t)
+	w.source.set(uidOf(1), fmt.Errorf("%w: the token has ended", identity.ErrDenied))
+	n := w.start(func(d *Driver) { d.retry = time.Hour })
+	r := w.request(1, "files", "true", "wait", "false", "jwtAudiences", "billing")
+	if err := n.publish(r); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is refused", func() bool { return strings.Contains(w.log.String(), "the token has ended") })
+	w.source.mu.Lock()
+	w.source.denied = map[string]error{} // nobody is told
+	w.source.jwtErr = fmt.Errorf("%w: no member for JWTs", identity.ErrUnavailable)
+	w.source.mu.Unlock()
+	if err := n.publish(r); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the JWT fails", func() bool { return strings.Contains(w.log.String(), "no member for JWTs") })
+	w.source.mu.Lock()
+	w.source.jwtErr = nil
+	w.source.mu.Unlock()
+	eventually(t, "the files are there", func() bool {
+		if err := n.publish(r); err != nil {
+			t.Fatal(err)
+		}
+		_, err := os.Stat(filepath.Join(n.folder(r), "jwt-billing"))
+		return err == nil
+	})
+}
+
 func TestParseJWTs(t *testing.T) {
 	got, err := parseJWTs("a,b=c=d,x.y_z-1=https://e/?f=%2c")
 	want := []jwtFile{{"a", "a"}, {"b", "c=d"}, {"x.y_z-1", "https://e/?f=%2c"}}

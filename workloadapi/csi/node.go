@@ -84,6 +84,9 @@ func (d *Driver) publish(ctx context.Context, w *wanted, token []byte) error {
 		return err
 	}
 	if at == ours && v.socket != nil {
+		if v.files != nil {
+			v.files.poke()
+		}
 		return nil // a newer token for a pod that may be running: it waits for nothing
 	}
 	if err := d.mount(ctx, v, at); err != nil {
