@@ -22,8 +22,9 @@ const kubeDomain = "kube.test"
 
 // stage is Countersign on a node of Kubernetes, shared by tests: members, and an agent on the node.
 type stage struct {
-	n   *node.Node
-	pin string // of the CA
+	n         *node.Node
+	installed node.Installation
+	pin       string // of the CA
 }
 
 // members of the stage; all on one node.
@@ -41,12 +42,12 @@ var sharedStage = sync.OnceValues(func() (*stage, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &stage{n: n}
-	if err := n.Install(ctx, node.Installation{
+	s := &stage{n: n, installed: node.Installation{
 		Countersign: filepath.Join(bin, "countersign"), Programs: programs, TrustDomain: kubeDomain, Members: members,
 		// Lives are short, so that tests see many of them.
 		Set: []string{"logFormat=text", "members.config={x509_ttl: 20s, max_staleness: 1m}"},
-	}); err != nil {
+	}}
+	if err := n.Install(ctx, s.installed); err != nil {
 		return nil, s.explain(ctx, err)
 	}
 	out, err := s.admin(ctx, "bundle", "show", "-o", "json")

@@ -29,20 +29,11 @@ func (n *Node) Install(ctx context.Context, i Installation) error {
 	if err := n.Volumes(ctx, i.Members); err != nil {
 		return err
 	}
-	args := []string{"install", "kube", "--trust-domain", i.TrustDomain}
-	for _, set := range append([]string{
-		"image.registry=node.test", "image.tag=it", fmt.Sprint("members.replicas=", i.Members), "members.antiAffinity=preferred",
-	}, i.Set...) {
-		args = append(args, "--set", set)
-	}
-	var errs strings.Builder
-	cmd := exec.CommandContext(ctx, i.Countersign, args...)
-	cmd.Stderr = &errs
-	manifest, err := cmd.Output()
+	manifest, err := i.Render(ctx)
 	if err != nil {
-		return fmt.Errorf("countersign %s: %w: %s", strings.Join(args, " "), err, errs.String())
+		return err
 	}
-	if err := n.Apply(ctx, string(manifest)); err != nil {
+	if err := n.Apply(ctx, manifest); err != nil {
 		return err
 	}
 	if _, err := n.WaitReady(ctx, "countersign", "app.kubernetes.io/name=countersign", i.Members); err != nil {
@@ -50,4 +41,23 @@ func (n *Node) Install(ctx context.Context, i Installation) error {
 	}
 	_, err = n.WaitReady(ctx, "countersign", "app.kubernetes.io/name=countersign-agent", 1)
 	return err
+}
+
+// Render is what Install applies, with more arguments of countersign install kube.
+func (i Installation) Render(ctx context.Context, more ...string) (string, error) {
+	args := []string{"install", "kube", "--trust-domain", i.TrustDomain}
+	for _, set := range append([]string{
+		"image.registry=node.test", "image.tag=it", fmt.Sprint("members.replicas=", i.Members), "members.antiAffinity=preferred",
+	}, i.Set...) {
+		args = append(args, "--set", set)
+	}
+	args = append(args, more...)
+	var errs strings.Builder
+	cmd := exec.CommandContext(ctx, i.Countersign, args...)
+	cmd.Stderr = &errs
+	manifest, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("countersign %s: %w: %s", strings.Join(args, " "), err, errs.String())
+	}
+	return string(manifest), nil
 }
