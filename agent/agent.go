@@ -62,6 +62,9 @@ type Config struct {
 	// Servers are members, host:port; the others are learnt.
 	Servers    []string
 	Credential Credential
+	// Pod reads the service account token of the one pod that is served, in place of Credential: there is no node's agent then, and the
+	// pod asks for itself, without a certificate. It is read at each connection. TrustDomain is needed, StateDir is not for it.
+	Pod func() ([]byte, error)
 	// Pin is sha256:HEX of the root's SubjectPublicKeyInfo: what verifies a member at first contact. Bundle does so too.
 	Pin    string
 	Bundle *identity.Bundle
@@ -88,6 +91,7 @@ type Agent struct {
 	own     atomic.Pointer[ownSVID]  // nil until attested
 	members atomic.Pointer[[]string] // as pushed; nil until then
 	trustMu sync.Mutex               // serialises replacing trust
+	anew    atomic.Bool              // of a pod: members are to be verified as at first contact, see podContact
 
 	link  link
 	cache cache
@@ -116,7 +120,10 @@ func New(cfg Config) (*Agent, error) {
 			bad("server %q: want host:port: %v", s, err)
 		}
 	}
-	if cfg.Credential == nil {
+	switch {
+	case cfg.Pod != nil && (cfg.Credential != nil || cfg.StateDir != "" || cfg.TrustDomain.IsZero()):
+		bad("a pod that asks for itself has a trust domain, and neither another credential nor a state folder")
+	case cfg.Credential == nil && cfg.Pod == nil:
 		bad("no credential: give a join token, a Kubernetes token or a certificate")
 	}
 	if cfg.KeyType == "" {
@@ -248,6 +255,9 @@ func (a *Agent) Status() Status {
 // Ready is nil while new SVIDs can be had: the agent's own SVID is live and a member is connected. Otherwise it says
 // why not; live SVIDs are served all the same.
 func (a *Agent) Ready() error {
+	if a.cfg.Pod != nil {
+		return a.link.why()
+	}
 	if o := a.own.Load(); o == nil || !time.Now().Before(o.notAfter) {
 		if err := a.link.why(); err != nil {
 			return err

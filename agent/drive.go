@@ -82,6 +82,13 @@ func (a *Agent) notAttested(err error) error {
 func (a *Agent) notConnected(ctx context.Context, err error, rounds int) error {
 	// A TLS alert looks like a lost connection. So that an agent whose SVID no member accepts any more is not locked out,
 	// it tries its credential in some of the rounds where nobody refused either.
+	if a.cfg.Pod != nil {
+		if errors.Is(err, identity.ErrDenied) {
+			a.dropAll(err)
+		}
+		a.anew.Store(rounds%4 == 3)
+		return err
+	}
 	if !refused(err) && !(a.cfg.Credential.reusable() && rounds%4 == 3) {
 		return err
 	}
@@ -111,7 +118,7 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 	if err := a.adopt(s); err != nil {
 		return s.addr, err
 	}
-	timer := time.NewTimer(time.Until(a.own.Load().renewAt))
+	timer := time.NewTimer(a.untilRenewal())
 	defer timer.Stop()
 	for {
 		select {
@@ -128,8 +135,7 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 		case <-timer.C:
 		case <-a.ownSooner:
 		}
-		o := a.own.Load()
-		if s.connectedAs.tls == o.tls { // what differs else is when to renew it
+		if o := a.own.Load(); a.cfg.Pod == nil && s.connectedAs.tls == o.tls { // what differs else is when to renew it
 			if time.Now().Before(o.renewAt) {
 				timer.Reset(time.Until(o.renewAt))
 				continue
@@ -159,8 +165,16 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 			return next.addr, err
 		}
 		s = next
-		timer.Reset(time.Until(a.own.Load().renewAt))
+		timer.Reset(a.untilRenewal())
 	}
+}
+
+// untilRenewal is how long the connection is used as it is.
+func (a *Agent) untilRenewal() time.Duration {
+	if a.cfg.Pod != nil {
+		return podMove - spread(podMove/4)
+	}
+	return time.Until(a.own.Load().renewAt)
 }
 
 // adopt makes a session the agent's: its first state is applied, and its Sync stream runs.
@@ -170,6 +184,7 @@ func (a *Agent) adopt(s *session) error {
 		return err
 	}
 	s.first = nil
+	a.anew.Store(false)
 	a.cache.watchAll(s.wake)
 	s.start(a)
 	a.link.set(s, nil)

@@ -123,7 +123,13 @@ func (a *Agent) runIssuer(ctx context.Context, q *issueQueue) error {
 		case <-q.wake:
 		}
 		for batch := q.take(); len(batch) > 0; batch = q.take() {
-			a.issueBatch(ctx, batch)
+			if a.cfg.Pod == nil {
+				a.issueBatch(ctx, batch)
+				continue
+			}
+			for _, r := range batch { // a member answers a pod one at a time
+				a.issueBatch(ctx, []*issueRequest{r})
+			}
 		}
 	}
 }
@@ -159,8 +165,11 @@ func (a *Agent) issueAt(ctx context.Context, s *session, batch []*issueRequest) 
 		req.Requests[i] = &workloadv1.X509Request{Evidence: evidenceToWire(r.evidence), PublicKey: r.key.public}
 	}
 	resp, err := workloadv1.NewWorkloadClient(s.conn).IssueX509(ctx, req)
+	if err = api.FromStatus(err); err != nil && a.cfg.Pod != nil && !transient(err) {
+		return []issued{{err: err}}, nil // a pod is told by the call's status what agents are told in a result
+	}
 	if err != nil {
-		return nil, fmt.Errorf("asking for X.509-SVIDs: %w", api.FromStatus(err))
+		return nil, fmt.Errorf("asking for X.509-SVIDs: %w", err)
 	}
 	if len(resp.Results) != len(batch) {
 		return nil, fmt.Errorf("asking for X.509-SVIDs: %w: %d results for %d requests", errAnswer, len(resp.Results), len(batch))

@@ -66,6 +66,9 @@ func spread(d time.Duration) time.Duration {
 
 // live reports whether the agent can show an SVID now.
 func (a *Agent) live() bool {
+	if a.cfg.Pod != nil { // what it shows is its token
+		return true
+	}
 	o := a.own.Load()
 	return o != nil && time.Now().Before(o.notAfter)
 }
@@ -258,17 +261,29 @@ func (a *Agent) takeBundles(m *nodev1.State_Bundles) (stale bool, err error) {
 	a.trustMu.Lock()
 	defer a.trustMu.Unlock()
 	old := a.trust.Load()
-	if b.Sequence < old.own.Sequence {
+	if a.cfg.Pod != nil && old != nil && a.anew.Load() && !sharesAuthority(old.own, b) {
+		old = nil // another root, vouched for by what is configured: the cluster was made anew
+	}
+	switch {
+	case old == nil: // of a pod, at first contact
+	case b.Sequence < old.own.Sequence:
 		others = old.federated()
-	} else {
+	default:
 		others = append(others, a.notSpokenOf(old, others, m.FederatesWith)...)
 	}
-	t, err := newTrust(old, old.td, b, others)
+	t, err := newTrust(old, a.cfgDomain(old), b, others)
 	if err != nil {
 		return false, err
 	}
 	a.setTrust(t)
 	return b.Sequence < t.own.Sequence, nil
+}
+
+func (a *Agent) cfgDomain(t *trust) spiffeid.TrustDomain {
+	if t != nil {
+		return t.td
+	}
+	return a.cfg.TrustDomain
 }
 
 // renewOwn gets a new SVID for the agent's own ID over the session.

@@ -82,9 +82,11 @@ func (a *Agent) open(ctx context.Context, addr string) (*session, error) {
 	ctx, stop := context.WithTimeout(ctx, attemptTimeout)
 	defer stop()
 	own := a.own.Load()
-	conn, err := a.dial(addr, clientTLS(
-		func() contact { return contact{td: a.trustDomain(), trust: a.trust.Load()} },
-		func() *ownSVID { return own }, nil))
+	verify, show := func() contact { return contact{td: a.trustDomain(), trust: a.trust.Load()} }, func() *ownSVID { return own }
+	if a.cfg.Pod != nil {
+		verify, show = a.podContact, nil
+	}
+	conn, err := a.dial(addr, clientTLS(verify, show, nil))
 	if err != nil {
 		return nil, err
 	}
@@ -108,11 +110,19 @@ func (a *Agent) open(ctx context.Context, addr string) (*session, error) {
 }
 
 func (s *session) hello(ctx context.Context, a *Agent) (*nodev1.SyncResponse, error) {
+	hello := &nodev1.Hello{Version: a.cfg.Version, KubeNode: a.cfg.KubeNode}
+	open := nodev1.NewNodeClient(s.conn).Sync
+	if a.cfg.Pod != nil {
+		token, err := a.podToken()
+		if err != nil {
+			return nil, err
+		}
+		hello.Token, open = token, nodev1.NewNodeClient(s.conn).Follow
+	}
 	var err error
-	if s.stream, err = nodev1.NewNodeClient(s.conn).Sync(ctx); err != nil {
+	if s.stream, err = open(ctx); err != nil {
 		return nil, api.FromStatus(err)
 	}
-	hello := &nodev1.Hello{Version: a.cfg.Version, KubeNode: a.cfg.KubeNode}
 	_ = s.stream.Send(&nodev1.SyncRequest{Message: &nodev1.SyncRequest_Hello{Hello: hello}}) // Recv has the reason of a failure
 	m, err := s.stream.Recv()
 	if err != nil {

@@ -21,6 +21,7 @@ const (
 	AttestNode      Action = "agent.attest"
 	RenewAgent      Action = "agent.renew"
 	SyncAgent       Action = "agent.sync"
+	FollowPod       Action = "pod.follow"
 	JoinMember      Action = "member.join"
 	GiveKeyring     Action = "member.keyring" // the seal's data keys, to a member
 	ReportUses      Action = "member.report"

@@ -10,9 +10,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -201,6 +206,7 @@ func TestFormByThemselves(t *testing.T) {
 	}
 
 	t.Run("an agent without a join token", func(t *testing.T) { f.agent(published.Data["bundle.pem"]) })
+	t.Run("a sidecar", func(t *testing.T) { f.sidecar(t, published.Data["bundle.json"]) })
 	t.Run("another account is no member", func(t *testing.T) {
 		m := f.member(3, "intruder")
 		said := f.notReady(m.Health, "intruder")
@@ -231,6 +237,123 @@ func TestFormByThemselves(t *testing.T) {
 		}
 	})
 }
+
+// sidecar is a pod's own: its identity comes by its token alone, a change of the entries by push, and its end with the pod's.
+func (f *formed) sidecar(t *testing.T, bundle string) {
+	dir, err := os.MkdirTemp("", "cs-pod-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	p := f.k.pod("shop", "lonely", "lonely", "node-1")
+	health, err := cluster.FreeAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"bundle.json": bundle, "token": f.k.token(p, "countersign")} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	log := newLines()
+	socket := filepath.Join(dir, "pod", "agent.sock")
+	proc, err := f.Start("sidecar", []string{"COUNTERSIGN_TRUST_DOMAIN=" + trustDomain, "COUNTERSIGN_BUNDLE_FILE=" + filepath.Join(dir, "bundle.json")}, log,
+		filepath.Join(f.Bin, "countersign-agent"), "sidecar", "--servers", strings.Join(f.addresses[:3], ","), "--token-path", filepath.Join(dir, "token"), "--socket", socket, "--health", health)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		proc.Stop()
+		if t.Failed() {
+			t.Log(log.tail(40))
+		}
+	})
+	if err := f.WaitReady(f.k.ctx, &cluster.Member{Process: proc, Health: health}); err != nil {
+		t.Fatal(err)
+	}
+	w := &world{Cluster: f.Cluster, t: t, ctx: f.k.ctx}
+	ctx, cancel := context.WithTimeout(f.k.ctx, 2*time.Minute)
+	defer cancel()
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+socket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	seen := make(chan []string, 100)
+	gone := make(chan error, 100)
+	go func() {
+		_ = client.WatchX509Context(ctx, contexts{func(c *workloadapi.X509Context) {
+			var ids []string
+			for _, s := range c.SVIDs {
+				ids = append(ids, s.ID.String())
+			}
+			seen <- ids
+		}, func(err error) { gone <- err }})
+	}()
+	wait := func(what string, ok func([]string) bool) {
+		t.Helper()
+		for {
+			select {
+			case ids := <-seen:
+				if ok(ids) {
+					return
+				}
+			case <-ctx.Done():
+				t.Fatalf("never happened: %s", what)
+			}
+		}
+	}
+	usual := "spiffe://" + trustDomain + "/ns/shop/sa/lonely"
+	wait("its usual identity", func(ids []string) bool { return len(ids) == 1 && ids[0] == usual })
+	if _, err := client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "db"}); err != nil {
+		t.Errorf("a JWT-SVID: %v", err)
+	}
+	w.createEntry("--id", "spiffe://"+trustDomain+"/more", "-s", "k8s:ns:shop", "-s", "k8s:sa:lonely", "-s", "k8s:cluster:main")
+	wait("another identity, by push", func(ids []string) bool { return len(ids) == 1 && strings.HasSuffix(ids[0], "/more") })
+	// The members go away: what is held is served on, also to a new caller with another token.
+	for _, m := range f.Members {
+		m.Signal(syscall.SIGSTOP)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "token"), []byte(f.k.token(p, "countersign")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	svid, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr("unix://"+socket))
+	for _, m := range f.Members {
+		m.Signal(syscall.SIGCONT)
+	}
+	if err != nil || !strings.HasSuffix(svid.ID.String(), "/more") {
+		t.Errorf("while the members are away: %v, %v", svid, err)
+	}
+	for _, m := range f.Members {
+		if err := f.WaitReady(ctx, m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.eventually("the sidecar is connected again", func() error {
+		return f.WaitReady(ctx, &cluster.Member{Process: proc, Health: health})
+	})
+	f.k.delete(p)
+	for {
+		select {
+		case err := <-gone:
+			if status.Code(err) == codes.PermissionDenied {
+				return
+			}
+		case <-ctx.Done():
+			t.Fatal("the pod is gone, and its stream goes on")
+		}
+	}
+}
+
+// contexts are what a stream brings.
+type contexts struct {
+	update func(*workloadapi.X509Context)
+	ended  func(error)
+}
+
+func (c contexts) OnX509ContextUpdate(u *workloadapi.X509Context) { c.update(u) }
+
+func (c contexts) OnX509ContextWatchError(err error) { c.ended(err) }
 
 // agent attests by its pod's token, knowing nothing but the published bundle.
 func (f *formed) agent(bundle string) {

@@ -54,6 +54,8 @@ func auditRuleFor(method string) (auditRule, bool) {
 		return auditRule{action: audit.RenewAgent, mode: auditWalk}, true
 	case nodev1.Node_Sync_FullMethodName:
 		return auditRule{action: audit.SyncAgent, mode: auditWalk, streams: true}, true
+	case nodev1.Node_Follow_FullMethodName:
+		return auditRule{action: audit.FollowPod, mode: auditWalk, streams: true}, true
 	case memberv1.Member_Join_FullMethodName:
 		return auditRule{action: audit.JoinMember, mode: auditWalk, on: func(req any) []string { return []string{req.(*memberv1.JoinRequest).Id} }}, true
 	case memberv1.Member_Report_FullMethodName:

@@ -55,6 +55,7 @@ type caller struct {
 	issued  time.Time            // NotBefore of its SVID
 	addr    netip.Addr           // of its TLS connection
 	uid     uint32               // on the Unix socket
+	proven  func()               // of a guest: ends its part in the limits of strangers; nil: it has none
 }
 
 // AuthType makes a caller the grpc AuthInfo of its connection.

@@ -27,6 +27,7 @@ type hub struct {
 	seen     map[string]time.Time           // when an agent was connected last that is not now, as far back as goneAfter
 	// federating are the streams that get the bundle of a trust domain, see watch.federates
 	federating map[string]map[*session]struct{}
+	pods       int   // how many sessions are of pods without an agent
 	ended      error // set: no new session
 }
 
@@ -82,11 +83,22 @@ func newHub(matching func([]identity.Selector) ([]*identity.Entry, bool), now fu
 }
 
 func (h *hub) open(agentID, version string) (*session, error) {
-	s := newSession(agentID, version)
+	return h.take(newSession(agentID, version))
+}
+
+// take opens a session.
+func (h *hub) take(s *session) (*session, error) {
+	agentID := s.agentID
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.ended != nil {
 		return nil, h.ended
+	}
+	if s.proven != nil {
+		if h.pods >= maxPodSessions {
+			return nil, errTooManyPods
+		}
+		h.pods++
 	}
 	same := h.byAgent[agentID]
 	if len(same) >= maxSessions {
@@ -114,11 +126,16 @@ func (h *hub) removeLocked(s *session) {
 		h.drop(w)
 	}
 	delete(h.sessions, s)
+	if s.proven != nil {
+		h.pods--
+	}
 	rest := slices.DeleteFunc(h.byAgent[s.agentID], func(o *session) bool { return o == s })
 	if len(rest) == 0 {
 		delete(h.byAgent, s.agentID)
 		now := h.now()
-		h.seen[s.agentID] = now
+		if s.proven == nil {
+			h.seen[s.agentID] = now
+		}
 		if len(h.seen) > 2*len(h.byAgent)+1000 {
 			maps.DeleteFunc(h.seen, func(_ string, at time.Time) bool { return now.Sub(at) > goneAfter })
 		}
@@ -142,6 +159,9 @@ func (h *hub) set(s *session, handle uint64, sel []identity.Selector, holds []he
 		w.told = old.told
 		w.federates, old.federates = old.federates, nil // no bundle is sent again for a workload that was issued anew
 		h.drop(old)
+	}
+	if s.proven != nil && len(s.watches) >= maxPodWatches {
+		return errTooManyOfPod
 	}
 	if len(s.watches) >= maxWatches || s.weight+w.weight > maxWeight {
 		return errTooManyWatches
@@ -409,7 +429,13 @@ func (h *hub) status(agentID string) agentStatus {
 func (h *hub) agents() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return len(h.byAgent)
+	n := 0
+	for id := range h.byAgent {
+		if !isPodID(id) {
+			n++
+		}
+	}
+	return n
 }
 
 func keys[K comparable](m map[K]struct{}) []K {

@@ -225,6 +225,8 @@ func (l *Listener) greet(ctx context.Context, s *stranger) {
 	}
 	if to != l.guests && to != l.candidates {
 		c.forget() // no stranger any more
+	} else {
+		c.caller.proven = c.forget
 	}
 	if (to == l.agents || to == l.admins) && !l.enlist(c) {
 		if leftOut, ok := l.crowds.allow(time.Now()); ok {

@@ -53,6 +53,9 @@ func ruleFor(method string) rule {
 		memberv1.Refreshing_Refresh_FullMethodName:
 		return rule{by: member} // on the list, see currentMember
 
+	case nodev1.Node_Follow_FullMethodName:
+		return rule{by: guest} // one pod, by its own token
+
 	case workloadv1.Workload_IssueX509_FullMethodName,
 		workloadv1.Workload_IssueJWT_FullMethodName:
 		return rule{by: agent | guest}

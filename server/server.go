@@ -343,7 +343,7 @@ func ended(ctx context.Context, err error) error {
 
 // changed takes up changes of the state, in order. What verifies and signs comes before those who will ask.
 func (s *Server) changed(changes []identity.Change) {
-	var reset, bundle, clusters, rotation, facts bool
+	var reset, banned, bundle, clusters, rotation, facts bool
 	if slices.ContainsFunc(changes, concernsSeal) {
 		s.seal.wake()
 	}
@@ -358,6 +358,7 @@ func (s *Server) changed(changes []identity.Change) {
 			s.evicted.add(c.Agent.ID, s.cfg.Now())
 		}
 		facts = facts || c.Reset || namesFacts(c.OldEntry) || namesFacts(c.NewEntry)
+		banned = banned || c.AgentGone
 		clusters = clusters || c.KubeCluster != "" || c.Reset
 	}
 	if reset {
@@ -377,7 +378,7 @@ func (s *Server) changed(changes []identity.Change) {
 	if facts {
 		s.cfg.Pods.SetInterest(s.cfg.State.Interests())
 	}
-	if reset || clusters { // a cluster may have taken the agents' account off its list
+	if reset || clusters || banned { // a cluster may have taken the agents' account off its list; a ban is also that of the node's pods
 		s.hub.endIf(s.agentGone)
 	}
 	s.federationChanged(changes)
@@ -432,6 +433,9 @@ func (s *Server) takeAuthorities() {
 }
 
 func (s *Server) agentGone(id string) error {
+	if isPodID(id) {
+		return s.podRefused(id)
+	}
 	a, ok := s.cfg.State.Agent(id)
 	if !ok {
 		a = &identity.Agent{ID: id}

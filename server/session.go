@@ -25,8 +25,10 @@ func goneError(a *identity.Agent) error {
 // agent that does not read costs no more memory than one number per workload, and nobody waits for it.
 type session struct {
 	agentID, version string
-	watches          map[uint64]*watch // guarded by hub.mu
-	weight           int               // of watches; guarded by hub.mu
+	// proven are the selectors of the one pod that this is the stream of, see Follow; nil: it is an agent's.
+	proven  []identity.Selector
+	watches map[uint64]*watch // guarded by hub.mu
+	weight  int               // of watches; guarded by hub.mu
 	// federates counts the workloads that federate with a trust domain; granted is until when one counts that was issued an SVID
 	// and is not among watches yet. Guarded by hub.mu.
 	federates map[string]int

@@ -48,12 +48,18 @@ func (s nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, no
 	s.cfg.Log.Info("agent connected", "agent", who.agent.ID, "version", hello.Version, "address", who.addr)
 	defer s.cfg.Log.Info("agent disconnected", "agent", who.agent.ID, "address", who.addr)
 
-	// Reading and writing each have a goroutine of their own, so that neither a silent nor a stuck agent keeps the
-	// stream from ending. Both end with the stream, which ends when this function returns.
+	return s.converse(stream, sess, who.expires.Sub(s.cfg.Now()),
+		fmt.Errorf("%w: the SVID that this connection was made with has expired: connect anew with a renewed one", identity.ErrUnauthenticated))
+}
+
+// converse listens and pushes until either fails, the session is ended, or lasts is over, which is then why it ends. Reading and writing
+// each have a goroutine of their own, so that neither a silent nor a stuck agent keeps the
+// stream from ending. Both end with the stream, which ends when the caller of this function returns.
+func (s *Server) converse(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse], sess *session, lasts time.Duration, over error) error {
 	failed := make(chan error, 2)
 	go func() { failed <- s.listen(stream, sess) }()
 	go func() { failed <- s.push(stream, sess) }()
-	expired := time.NewTimer(who.expires.Sub(s.cfg.Now()))
+	expired := time.NewTimer(lasts)
 	defer expired.Stop()
 	select {
 	case err := <-failed:
@@ -61,7 +67,7 @@ func (s nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, no
 	case <-sess.done:
 		return sess.endError()
 	case <-expired.C:
-		return fmt.Errorf("%w: the SVID that this connection was made with has expired: connect anew with a renewed one", identity.ErrUnauthenticated)
+		return over
 	case <-stream.Context().Done():
 		return stream.Context().Err()
 	}
@@ -129,6 +135,9 @@ func (s *Server) watch(sess *session, w *nodev1.Watch) error {
 			if sel[i], err = identity.ParseSelector(x); err != nil {
 				return err
 			}
+		}
+		if sess.proven != nil { // a pod without an agent: what its token proves, not what it says
+			sel = sess.proven
 		}
 		holds := make([]held, len(wl.Entries))
 		for i, e := range wl.Entries {

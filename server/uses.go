@@ -190,6 +190,9 @@ func (h *hub) parties(authority string, longest time.Duration, now time.Time) []
 	maps.DeleteFunc(h.seen, func(_ string, at time.Time) bool { return now.Sub(at) > goneAfter })
 	out := make([]party, 0, len(h.byAgent)+len(h.seen))
 	for id, sessions := range h.byAgent {
+		if isPodID(id) { // what was signed for it is known, as of every pod without an agent
+			continue
+		}
 		p := party{id: id, connected: true, seen: now}
 		for _, x := range sessions { // what it has it keeps
 			_, seq := x.acked()

@@ -56,7 +56,7 @@ type Attestor interface {
 	Attest(context.Context, *attestor.Peer) (*attestor.Workload, error)
 }
 
-// Config of a Server. Path, Source and Attestor are required.
+// Config of a Server. Path, Source and one of Attestor and Pod are required.
 type Config struct {
 	// Path of the socket: absolute, at the most 107 bytes. A folder that is not there is made, 0755.
 	Path string
@@ -64,8 +64,10 @@ type Config struct {
 	Mode     os.FileMode
 	Source   Source
 	Attestor Attestor
-	Limits   Limits // zero fields mean DefaultLimits
-	Log      *slog.Logger
+	// Pod says who everybody is that connects, at each call, as on a private socket (see Private): the socket is in one pod alone.
+	Pod    attestor.Func
+	Limits Limits // zero fields mean DefaultLimits
+	Log    *slog.Logger
 	// Now is the clock against which JWT-SVIDs are validated and evidence ages; nil means time.Now.
 	Now func() time.Time
 }
@@ -108,8 +110,8 @@ const (
 // New checks the configuration and binds the socket, so that early callers wait in its queue until Run. Errors
 // wrap identity.ErrInvalid, or ErrExists when another process listens there. Close undoes it.
 func New(c Config) (*Server, error) {
-	if c.Source == nil || c.Attestor == nil {
-		return nil, fmt.Errorf("%w: the Workload API needs a source and an attestor", identity.ErrInvalid)
+	if c.Source == nil || (c.Attestor == nil) == (c.Pod == nil) {
+		return nil, fmt.Errorf("%w: the Workload API needs a source and an attestor, or the pod that all its callers are of", identity.ErrInvalid)
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -136,6 +138,9 @@ func New(c Config) (*Server, error) {
 		identify: identifyPeer, handshakeTimeout: handshakeTimeout, callTimeout: callTimeout}
 	s.admit = newAdmission(limits, c.Log)
 	s.listener = &listener{socket: socket, server: s}
+	if c.Pod != nil {
+		s.listener.own = &Private{server: s, attest: c.Pod, who: "pod", socket: socket}
+	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.grpc = s.grpcServer()
 	return s, nil

@@ -13,5 +13,5 @@ func TestCLIPage(t *testing.T) { clidoc.CheckPage(t, newRoot(), docFlags) }
 func TestManPages(t *testing.T) { clidoc.CheckMan(t, newRoot(), docFlags) }
 
 func TestEveryCommandIsWhole(t *testing.T) {
-	clidoc.CheckWhole(t, newRoot(), 6, "countersign-agent run", "countersign-agent health")
+	clidoc.CheckWhole(t, newRoot(), 7, "countersign-agent run", "countersign-agent sidecar", "countersign-agent health")
 }

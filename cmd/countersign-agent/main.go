@@ -29,6 +29,6 @@ func newRoot() *cobra.Command {
 		Version: version,
 	}
 	w := &workload{}
-	root.AddCommand(runCommand(), fetchCommand(w), watchCommand(w), validateCommand(w), healthCommand())
+	root.AddCommand(runCommand(), sidecarCommand(), fetchCommand(w), watchCommand(w), validateCommand(w), healthCommand())
 	return root
 }

@@ -403,6 +403,7 @@ type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
 	KubeNode      string                 `protobuf:"bytes,2,opt,name=kube_node,json=kubeNode,proto3" json:"kube_node,omitempty"` // informational
+	Token         string                 `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`                       // of Follow: the pod's own service account token
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -447,6 +448,13 @@ func (x *Hello) GetVersion() string {
 func (x *Hello) GetKubeNode() string {
 	if x != nil {
 		return x.KubeNode
+	}
+	return ""
+}
+
+func (x *Hello) GetToken() string {
+	if x != nil {
+		return x.Token
 	}
 	return ""
 }
@@ -1255,10 +1263,11 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x1a.countersign.node.v1.HelloH\x00R\x05hello\x122\n" +
 	"\x05watch\x18\x02 \x01(\v2\x1a.countersign.node.v1.WatchH\x00R\x05watch\x12,\n" +
 	"\x03ack\x18\x03 \x01(\v2\x18.countersign.node.v1.AckH\x00R\x03ackB\t\n" +
-	"\amessage\">\n" +
+	"\amessage\"T\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
-	"\tkube_node\x18\x02 \x01(\tR\bkubeNode\"\x8d\x02\n" +
+	"\tkube_node\x18\x02 \x01(\tR\bkubeNode\x12\x14\n" +
+	"\x05token\x18\x03 \x01(\tR\x05token\"\x8d\x02\n" +
 	"\x05Watch\x125\n" +
 	"\x03set\x18\x01 \x03(\v2#.countersign.node.v1.Watch.WorkloadR\x03set\x12\x14\n" +
 	"\x05unset\x18\x02 \x03(\x04R\x05unset\x1a\x7f\n" +
@@ -1295,11 +1304,12 @@ const file_api_node_v1_node_proto_rawDesc = "" +
 	"\taddresses\x18\x01 \x03(\tR\taddresses\"9\n" +
 	"\aChanged\x12\x18\n" +
 	"\ahandles\x18\x01 \x03(\x04R\ahandles\x12\x14\n" +
-	"\x05ended\x18\x02 \x03(\x04R\x05ended2\xfa\x01\n" +
+	"\x05ended\x18\x02 \x03(\x04R\x05ended2\xcd\x02\n" +
 	"\x04Node\x12U\n" +
 	"\x06Attest\x12\".countersign.node.v1.AttestRequest\x1a#.countersign.node.v1.AttestResponse(\x010\x01\x12J\n" +
 	"\x05Renew\x12!.countersign.node.v1.RenewRequest\x1a\x1e.countersign.node.v1.AgentSVID\x12O\n" +
-	"\x04Sync\x12 .countersign.node.v1.SyncRequest\x1a!.countersign.node.v1.SyncResponse(\x010\x01B/Z-countersign.io/countersign/api/node/v1;nodev1b\x06proto3"
+	"\x04Sync\x12 .countersign.node.v1.SyncRequest\x1a!.countersign.node.v1.SyncResponse(\x010\x01\x12Q\n" +
+	"\x06Follow\x12 .countersign.node.v1.SyncRequest\x1a!.countersign.node.v1.SyncResponse(\x010\x01B/Z-countersign.io/countersign/api/node/v1;nodev1b\x06proto3"
 
 var (
 	file_api_node_v1_node_proto_rawDescOnce sync.Once
@@ -1358,11 +1368,13 @@ var file_api_node_v1_node_proto_depIdxs = []int32{
 	0,  // 18: countersign.node.v1.Node.Attest:input_type -> countersign.node.v1.AttestRequest
 	2,  // 19: countersign.node.v1.Node.Renew:input_type -> countersign.node.v1.RenewRequest
 	4,  // 20: countersign.node.v1.Node.Sync:input_type -> countersign.node.v1.SyncRequest
-	1,  // 21: countersign.node.v1.Node.Attest:output_type -> countersign.node.v1.AttestResponse
-	3,  // 22: countersign.node.v1.Node.Renew:output_type -> countersign.node.v1.AgentSVID
-	8,  // 23: countersign.node.v1.Node.Sync:output_type -> countersign.node.v1.SyncResponse
-	21, // [21:24] is the sub-list for method output_type
-	18, // [18:21] is the sub-list for method input_type
+	4,  // 21: countersign.node.v1.Node.Follow:input_type -> countersign.node.v1.SyncRequest
+	1,  // 22: countersign.node.v1.Node.Attest:output_type -> countersign.node.v1.AttestResponse
+	3,  // 23: countersign.node.v1.Node.Renew:output_type -> countersign.node.v1.AgentSVID
+	8,  // 24: countersign.node.v1.Node.Sync:output_type -> countersign.node.v1.SyncResponse
+	8,  // 25: countersign.node.v1.Node.Follow:output_type -> countersign.node.v1.SyncResponse
+	22, // [22:26] is the sub-list for method output_type
+	18, // [18:22] is the sub-list for method input_type
 	18, // [18:18] is the sub-list for extension type_name
 	18, // [18:18] is the sub-list for extension extendee
 	0,  // [0:18] is the sub-list for field type_name

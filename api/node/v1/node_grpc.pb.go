@@ -24,6 +24,7 @@ const (
 	Node_Attest_FullMethodName = "/countersign.node.v1.Node/Attest"
 	Node_Renew_FullMethodName  = "/countersign.node.v1.Node/Renew"
 	Node_Sync_FullMethodName   = "/countersign.node.v1.Node/Sync"
+	Node_Follow_FullMethodName = "/countersign.node.v1.Node/Follow"
 )
 
 // NodeClient is the client API for Node service.
@@ -37,6 +38,9 @@ type NodeClient interface {
 	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*AgentSVID, error)
 	// Sync is an agent's one stream: the member sends State first, then whatever changes.
 	Sync(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[SyncRequest, SyncResponse], error)
+	// Follow is Sync for one pod that has no agent: the client shows no certificate, and its Hello has the pod's token. What it says in
+	// Watch of selectors is not looked at, and its Acks hold up nothing.
+	Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[SyncRequest, SyncResponse], error)
 }
 
 type nodeClient struct {
@@ -83,6 +87,19 @@ func (c *nodeClient) Sync(ctx context.Context, opts ...grpc.CallOption) (grpc.Bi
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_SyncClient = grpc.BidiStreamingClient[SyncRequest, SyncResponse]
 
+func (c *nodeClient) Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[SyncRequest, SyncResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[2], Node_Follow_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SyncRequest, SyncResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_FollowClient = grpc.BidiStreamingClient[SyncRequest, SyncResponse]
+
 // NodeServer is the server API for Node service.
 // All implementations must embed UnimplementedNodeServer
 // for forward compatibility.
@@ -94,6 +111,9 @@ type NodeServer interface {
 	Renew(context.Context, *RenewRequest) (*AgentSVID, error)
 	// Sync is an agent's one stream: the member sends State first, then whatever changes.
 	Sync(grpc.BidiStreamingServer[SyncRequest, SyncResponse]) error
+	// Follow is Sync for one pod that has no agent: the client shows no certificate, and its Hello has the pod's token. What it says in
+	// Watch of selectors is not looked at, and its Acks hold up nothing.
+	Follow(grpc.BidiStreamingServer[SyncRequest, SyncResponse]) error
 	mustEmbedUnimplementedNodeServer()
 }
 
@@ -112,6 +132,9 @@ func (UnimplementedNodeServer) Renew(context.Context, *RenewRequest) (*AgentSVID
 }
 func (UnimplementedNodeServer) Sync(grpc.BidiStreamingServer[SyncRequest, SyncResponse]) error {
 	return status.Error(codes.Unimplemented, "method Sync not implemented")
+}
+func (UnimplementedNodeServer) Follow(grpc.BidiStreamingServer[SyncRequest, SyncResponse]) error {
+	return status.Error(codes.Unimplemented, "method Follow not implemented")
 }
 func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
 func (UnimplementedNodeServer) testEmbeddedByValue()              {}
@@ -166,6 +189,13 @@ func _Node_Sync_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Node_SyncServer = grpc.BidiStreamingServer[SyncRequest, SyncResponse]
 
+func _Node_Follow_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(NodeServer).Follow(&grpc.GenericServerStream[SyncRequest, SyncResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_FollowServer = grpc.BidiStreamingServer[SyncRequest, SyncResponse]
+
 // Node_ServiceDesc is the grpc.ServiceDesc for Node service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -188,6 +218,12 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Sync",
 			Handler:       _Node_Sync_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "Follow",
+			Handler:       _Node_Follow_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},
