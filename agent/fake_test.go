@@ -116,8 +116,10 @@ type testGrant struct {
 
 // cluster is what the fake members share, as if it were replicated.
 type cluster struct {
-	t  testing.TB
-	ca *testCA
+	t         testing.TB
+	followed  []string // tokens of pods that have streams of their own
+	followErr error    // what they are told
+	ca        *testCA
 
 	mu        sync.Mutex
 	signs     *testCA // instead of ca, from which all that is issued comes
@@ -359,9 +361,29 @@ func (m *member) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1
 	if err := m.admit(stream.Context()); err != nil {
 		return err
 	}
-	if req, err := stream.Recv(); err != nil || req.GetHello() == nil {
+	if req, err := stream.Recv(); err != nil || req.GetHello() == nil || req.GetHello().Token != "" {
 		return errors.Join(errors.New("no hello"), err)
 	}
+	return m.sync(stream)
+}
+
+// Follow is a pod's own stream: its token is one that was granted something.
+func (m *member) Follow(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse]) error {
+	req, err := stream.Recv()
+	if err != nil || req.GetHello() == nil || agentOf(stream.Context()) != "" {
+		return errors.Join(errors.New("no hello, or a certificate"), err)
+	}
+	m.c.mu.Lock()
+	m.c.followed = append(m.c.followed, req.GetHello().Token)
+	refuse := m.c.followErr
+	m.c.mu.Unlock()
+	if refuse != nil {
+		return api.ToStatus(refuse)
+	}
+	return m.sync(stream)
+}
+
+func (m *member) sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse]) error {
 	var hang bool
 	out := make(chan *nodev1.SyncResponse, 100)
 	m.set(func() {
@@ -499,6 +521,9 @@ func (m *member) IssueX509(ctx context.Context, req *workloadv1.IssueX509Request
 		grants := m.c.grants[r.Evidence.Token]
 		if r.Evidence.Token == "poison" {
 			return nil, status.Error(codes.InvalidArgument, "a request that spoils its batch")
+		}
+		if len(grants) == 0 && direct {
+			return nil, status.Error(codes.PermissionDenied, "permission denied: no entry matches")
 		}
 		if len(grants) == 0 {
 			res.Error = &workloadv1.Error{Code: uint32(codes.PermissionDenied), Message: "permission denied: no entry matches"}
