@@ -114,7 +114,7 @@ func EntryToWire(e *identity.Entry) *adminv1.Entry {
 	out := &adminv1.Entry{
 		Id: e.ID, SpiffeId: e.SPIFFEID, DnsNames: e.DNSNames, Hint: e.Hint, FederatesWith: e.FederatesWith,
 		Admin: e.Admin, AdminRole: string(e.AdminRole), Downstream: e.Downstream, Revision: e.Revision, Selectors: SelectorsToWire(e.Selectors),
-		ExpiresAt: TimeToWire(e.ExpiresAt), CreatedAt: TimeToWire(e.CreatedAt),
+		ExpiresAt: TimeToWire(e.ExpiresAt), CreatedAt: TimeToWire(e.CreatedAt), ManagedBy: e.ManagedBy,
 	}
 	if e.X509TTL != 0 {
 		out.X509Ttl = durationpb.New(e.X509TTL)
@@ -134,7 +134,7 @@ func EntryFromWire(e *adminv1.Entry) (*identity.Entry, error) {
 	return &identity.Entry{
 		ID: e.Id, Selectors: sel, SPIFFEID: e.SpiffeId, X509TTL: e.X509Ttl.AsDuration(), JWTTTL: e.JwtTtl.AsDuration(),
 		DNSNames: e.DnsNames, Hint: e.Hint, FederatesWith: e.FederatesWith, Admin: e.Admin, AdminRole: identity.AdminRole(e.AdminRole), Downstream: e.Downstream,
-		ExpiresAt: TimeFromWire(e.ExpiresAt), Revision: e.Revision,
+		ExpiresAt: TimeFromWire(e.ExpiresAt), Revision: e.Revision, ManagedBy: e.ManagedBy,
 	}, nil
 }
 
@@ -143,7 +143,7 @@ func KubeClusterToWire(k *identity.KubeCluster) *adminv1.KubeCluster {
 	return &adminv1.KubeCluster{
 		Name: k.Name, Issuer: k.Issuer, Audience: k.Audience, Jwks: k.JWKS, JwksUrl: k.JWKSURL, CaPem: k.CAPEM,
 		Kubeconfig: k.Kubeconfig, TokenReview: k.TokenReview, AgentAccounts: k.AgentAccounts,
-		DefaultId: k.DefaultID, NoDefaultId: k.DefaultID == "", Revision: k.Revision,
+		DefaultId: k.DefaultID, NoDefaultId: k.DefaultID == "", Revision: k.Revision, ManagedBy: k.ManagedBy,
 	}
 }
 
@@ -151,7 +151,7 @@ func KubeClusterToWire(k *identity.KubeCluster) *adminv1.KubeCluster {
 func KubeClusterFromWire(k *adminv1.KubeCluster) *identity.KubeCluster {
 	out := &identity.KubeCluster{
 		Name: k.Name, Issuer: k.Issuer, Audience: k.Audience, JWKS: k.Jwks, JWKSURL: k.JwksUrl, CAPEM: k.CaPem,
-		Kubeconfig: k.Kubeconfig, TokenReview: k.TokenReview, AgentAccounts: k.AgentAccounts, DefaultID: k.DefaultId,
+		Kubeconfig: k.Kubeconfig, TokenReview: k.TokenReview, AgentAccounts: k.AgentAccounts, DefaultID: k.DefaultId, ManagedBy: k.ManagedBy,
 	}
 	if out.DefaultID == "" && !k.NoDefaultId {
 		out.DefaultID = identity.DefaultKubeID

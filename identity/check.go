@@ -54,6 +54,10 @@ func CheckEntry(td spiffeid.TrustDomain, e *Entry) error {
 			bad("%s is %v: it must be from %v to %v", ttl.name, ttl.v, MinTTL, ttl.max)
 		}
 	}
+	checkManagedBy(e.ManagedBy, bad)
+	if e.ManagedBy != "" && (e.Power() != "" || e.Downstream) {
+		bad("an entry that is managed (by %s) gives no power: make one for admins and clusters below by hand", e.ManagedBy)
+	}
 	if len(e.Hint) > MaxHintBytes {
 		bad("hint of %d bytes: at the most %d", len(e.Hint), MaxHintBytes)
 	}
@@ -65,6 +69,12 @@ func CheckEntry(td spiffeid.TrustDomain, e *Entry) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func checkManagedBy(s string, bad func(string, ...any)) {
+	if len(s) > MaxManagedBy || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		bad("managed_by of %d bytes: want at the most %d printable ones, such as workloadidentity/main/web", len(s), MaxManagedBy)
+	}
 }
 
 // checkIDTemplate fills every placeholder with a sample segment: what fails then fails for every workload.
@@ -160,6 +170,7 @@ func CheckKubeCluster(td spiffeid.TrustDomain, k *KubeCluster) error {
 	if len(k.JWKS) == 0 && k.JWKSURL == "" && !k.TokenReview {
 		bad("kube cluster %q has no way to verify a token: give a JWKS, a JWKS URL, or a kubeconfig for TokenReview", k.Name)
 	}
+	checkManagedBy(k.ManagedBy, bad)
 	for _, a := range k.AgentAccounts {
 		ns, sa, ok := strings.Cut(a, "/")
 		if !ok || ns == "" || sa == "" || strings.Contains(sa, "/") {

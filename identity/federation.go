@@ -39,7 +39,8 @@ type Federation struct {
 	// Bundle is what the trust domain's identities are verified by; nil: none was pinned, and none fetched yet.
 	Bundle    *FederatedBundle `json:"bundle,omitempty"`
 	CreatedAt time.Time        `json:"created_at,omitzero"`
-	Revision  uint64           `json:"revision,omitempty"` // of the last change of the relationship, its bundle left out
+	ManagedBy string           `json:"managed_by,omitempty"` // as of an entry
+	Revision  uint64           `json:"revision,omitempty"`   // of the last change of the relationship, its bundle left out
 }
 
 // FederatedBundle is another trust domain's bundle as replicated.
@@ -110,6 +111,7 @@ func CheckFederation(own spiffeid.TrustDomain, f *Federation) error {
 	if err := CheckBundleURL(f.URL); err != nil {
 		errs = append(errs, err)
 	}
+	checkManagedBy(f.ManagedBy, bad)
 	switch f.Profile {
 	case ProfileWeb:
 		if f.EndpointID != "" {

@@ -19,6 +19,7 @@ const (
 	MaxSelectors      = 64       // of one entry or one workload
 	MaxSelectorBytes  = 512
 	MaxDNSNames       = 32
+	MaxManagedBy      = 512
 	MaxHintBytes      = 1024 // SPIFFE Workload API section 8
 	MaxAudiences      = 32
 	MaxAudienceBytes  = 512
@@ -86,7 +87,9 @@ type Entry struct {
 	Downstream bool      `json:"downstream,omitempty"`
 	ExpiresAt  time.Time `json:"expires_at,omitzero"`
 	CreatedAt  time.Time `json:"created_at,omitzero"`
-	Revision   uint64    `json:"revision,omitempty"` // of the last change
+	// ManagedBy is what made it and keeps it as it is, such as workloadidentity/main/web; empty: an operator did. From level 2 on.
+	ManagedBy string `json:"managed_by,omitempty"`
+	Revision  uint64 `json:"revision,omitempty"` // of the last change
 }
 
 // Expired reports whether the entry has ended at now.
@@ -114,6 +117,7 @@ type KubeCluster struct {
 	AgentAccounts []string `json:"agent_accounts,omitempty"`
 	// DefaultID is the path template for pods that no entry matches; empty: none.
 	DefaultID string `json:"default_id,omitempty"`
+	ManagedBy string `json:"managed_by,omitempty"` // as of an entry
 	Revision  uint64 `json:"revision,omitempty"`
 }
 

@@ -108,6 +108,9 @@ func (s adminService) AddKubeCluster(ctx context.Context, req *adminv1.KubeClust
 	if err != nil {
 		return nil, err
 	}
+	if old, ok := s.cfg.State.KubeCluster(k.Name); ok && k.ManagedBy == "" {
+		k.ManagedBy = old.ManagedBy
+	}
 	kept, err := s.cfg.Writes.PutKubeCluster(ctx, *k, req.Replace)
 	if err != nil {
 		return nil, fmt.Errorf("registering kube cluster %q: %w", k.Name, err)
@@ -212,6 +215,9 @@ func (s adminService) UpdateEntry(ctx context.Context, req *adminv1.Entry) (*adm
 	if err != nil {
 		return nil, err
 	}
+	if old, ok := s.cfg.State.Entry(req.Id); ok && e.ManagedBy == "" {
+		e.ManagedBy = old.ManagedBy // who does not say by what it is managed does not mean that it is no longer
+	}
 	kept, err := s.cfg.Writes.UpdateEntry(ctx, s.cfg.Now(), *e, req.Revision)
 	if err != nil {
 		return nil, fmt.Errorf("updating entry %q: %w", req.Id, err)
@@ -224,6 +230,9 @@ func (s adminService) UpdateEntry(ctx context.Context, req *adminv1.Entry) (*adm
 func (s *Server) entryToWire(e *identity.Entry) *adminv1.Entry {
 	out := api.EntryToWire(e)
 	out.Warnings = s.unfederated(e)
+	if e.ManagedBy != "" {
+		out.Warnings = append(out.Warnings, "it is managed by "+e.ManagedBy+", which puts it back as it was: change that instead")
+	}
 	return out
 }
 

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -55,6 +56,7 @@ func (s federationService) put(ctx context.Context, req *adminv1.PutFederationRe
 	case f.Profile == identity.ProfileSPIFFE && f.Bundle == nil && (old.Bundle == nil || len(old.Bundle.X509) == 0):
 		return nil, fmt.Errorf("%w: profile %s needs the partner's bundle as it is now, to know its endpoint by: pin it (--bundle-file), or use its invite (countersign federation accept)", identity.ErrInvalid, identity.ProfileSPIFFE)
 	}
+	f.ManagedBy = cmp.Or(f.ManagedBy, old.ManagedBy) // who does not say by whom it is managed does not mean that it is no longer
 	if req.DryRun {
 		if f.Bundle == nil {
 			f.Bundle = old.Bundle
@@ -76,7 +78,7 @@ func (s federationService) put(ctx context.Context, req *adminv1.PutFederationRe
 
 // relationship checks what is asked for.
 func (s *Server) relationship(req *adminv1.PutFederationRequest) (identity.Federation, error) {
-	f := identity.Federation{TrustDomain: req.TrustDomain, URL: req.Url, Profile: req.Profile, EndpointID: req.EndpointId}
+	f := identity.Federation{TrustDomain: req.TrustDomain, URL: req.Url, Profile: req.Profile, EndpointID: req.EndpointId, ManagedBy: req.ManagedBy}
 	if err := identity.CheckFederation(s.cfg.TrustDomain, &f); err != nil {
 		return f, err
 	}
@@ -249,7 +251,7 @@ func (s federationService) DescribeEndpoint(_ context.Context, req *adminv1.Desc
 
 func (s *Server) relationshipToWire(f *identity.Federation, whole bool) *adminv1.FederationRelationship {
 	out := &adminv1.FederationRelationship{
-		TrustDomain: f.TrustDomain, Url: f.URL, Profile: f.Profile, EndpointId: f.EndpointID, CreatedAt: api.TimeToWire(f.CreatedAt), Revision: f.Revision,
+		TrustDomain: f.TrustDomain, Url: f.URL, Profile: f.Profile, EndpointId: f.EndpointID, CreatedAt: api.TimeToWire(f.CreatedAt), Revision: f.Revision, ManagedBy: f.ManagedBy,
 	}
 	b := f.Bundle
 	if b == nil {

@@ -51,7 +51,7 @@ func (s previewService) CreateEntry(_ context.Context, req *adminv1.Entry) (*adm
 
 // mayBeEntry makes the checks that the state makes.
 func (s *Server) mayBeEntry(e *identity.Entry) error {
-	if (e.Downstream || e.AdminRole != "" || slices.ContainsFunc(e.Selectors, identity.Selector.Fact)) && s.cfg.State.Level() < levelPower {
+	if (e.Downstream || e.AdminRole != "" || e.ManagedBy != "" || slices.ContainsFunc(e.Selectors, identity.Selector.Fact)) && s.cfg.State.Level() < levelPower {
 		return fmt.Errorf("%w: a downstream entry, an admin's role, or a selector of labels or owners must wait until every member runs this version: countersign cluster status shows versions", identity.ErrPrecondition)
 	}
 	for _, o := range s.cfg.State.Match(e.Selectors) {

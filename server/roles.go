@@ -168,6 +168,9 @@ func (s *Server) mayGive(e *identity.Entry, id spiffeid.ID) error {
 	if role := s.entryPower(id); role != "" && !e.Power().Includes(role) {
 		return fmt.Errorf("%w: %s is the ID of an admin (%s), which only an admin entry of that role gives", identity.ErrDenied, id, role)
 	}
+	if s.cfg.AdminRoles[id] != "" && e.ManagedBy != "" {
+		return fmt.Errorf("%w: %s is in admin.ids of this member, and no managed entry (%s) gives it", identity.ErrDenied, id, e.ManagedBy)
+	}
 	if s.cfg.AdminRoles[id] != "" && e.SPIFFEID != id.String() {
 		return fmt.Errorf("%w: %s is in admin.ids of this member: only an entry that spells it out gives it, and no template", identity.ErrDenied, id)
 	}

@@ -41,7 +41,7 @@ func (a *applier) since(e, old *identity.Entry) {
 }
 
 func (a *applier) mayBe(e *identity.Entry) error {
-	return needLevel(a.level, levelOfEntry(e), "a downstream entry, an admin's role, or a selector of labels or owners,")
+	return needLevel(a.level, levelOfEntry(e), "a downstream entry, an admin's role, a managed entry, or a selector of labels or owners,")
 }
 
 func (a *applier) checkRule(e *identity.Entry) error {

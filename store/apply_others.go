@@ -13,6 +13,9 @@ func (a *applier) putKubeCluster(d *putKubeClusterData) (any, error) {
 	if err := checkKey("kube cluster name", k.Name); err != nil {
 		return nil, err
 	}
+	if err := needLevel(a.level, levelOfKube(&k), "a managed kube cluster"); err != nil {
+		return nil, err
+	}
 	old, err := get[identity.KubeCluster](a.state, kindKubeCluster, k.Name)
 	if err != nil {
 		return nil, err

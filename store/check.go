@@ -39,7 +39,7 @@ func (w *Writer) checkEntry(e *identity.Entry) error {
 	if err := errors.Join(checkName("entry ID", e.ID), identity.CheckEntry(w.store.td, e)); err != nil {
 		return err
 	}
-	return w.need(levelOfEntry(e), "a downstream entry, an admin's role, or a selector of labels or owners,")
+	return w.need(levelOfEntry(e), "a downstream entry, an admin's role, a managed entry, or a selector of labels or owners,")
 }
 
 func checkNewToken(t *identity.JoinToken) error {

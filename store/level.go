@@ -44,7 +44,14 @@ func (t state) level() (uint32, error) {
 }
 
 func levelOfEntry(e *identity.Entry) uint32 {
-	if e.Downstream || e.AdminRole != "" || !e.PowerSince.IsZero() || slices.ContainsFunc(e.Selectors, identity.Selector.Fact) {
+	if e.Downstream || e.AdminRole != "" || !e.PowerSince.IsZero() || e.ManagedBy != "" || slices.ContainsFunc(e.Selectors, identity.Selector.Fact) {
+		return level2
+	}
+	return 1
+}
+
+func levelOfKube(k *identity.KubeCluster) uint32 {
+	if k.ManagedBy != "" {
 		return level2
 	}
 	return 1

@@ -64,7 +64,10 @@ func (c *recordChecker) decode(k kind, key string, value []byte) (any, error) {
 			return r.ID, r.check()
 		})
 	case kindKubeCluster:
-		return decodeRecord(key, value, func(r *identity.KubeCluster) (string, error) { return r.Name, nil })
+		return decodeRecord(key, value, func(r *identity.KubeCluster) (string, error) {
+			c.needed = max(c.needed, levelOfKube(r))
+			return r.Name, nil
+		})
 	case kindJoinToken:
 		return decodeRecord(key, value, func(r *identity.JoinToken) (string, error) { return string(r.Hash), checkToken(r) })
 	case kindAgent:

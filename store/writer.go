@@ -93,6 +93,9 @@ func (w *Writer) PutKubeCluster(ctx context.Context, k identity.KubeCluster, rep
 	if err := identity.CheckKubeCluster(w.store.td, &k); err != nil {
 		return identity.KubeCluster{}, err
 	}
+	if err := w.need(levelOfKube(&k), "a managed kube cluster"); err != nil {
+		return identity.KubeCluster{}, err
+	}
 	return propose[identity.KubeCluster](ctx, w, putKubeCluster, time.Time{}, putKubeClusterData{KubeCluster: k, Replace: replace})
 }
 

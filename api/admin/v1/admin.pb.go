@@ -755,6 +755,7 @@ type KubeCluster struct {
 	NoDefaultId   bool                   `protobuf:"varint,11,opt,name=no_default_id,json=noDefaultId,proto3" json:"no_default_id,omitempty"`
 	Replace       bool                   `protobuf:"varint,12,opt,name=replace,proto3" json:"replace,omitempty"`
 	Revision      uint64                 `protobuf:"varint,13,opt,name=revision,proto3" json:"revision,omitempty"`
+	ManagedBy     string                 `protobuf:"bytes,14,opt,name=managed_by,json=managedBy,proto3" json:"managed_by,omitempty"` // as of an entry
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -880,6 +881,13 @@ func (x *KubeCluster) GetRevision() uint64 {
 	return 0
 }
 
+func (x *KubeCluster) GetManagedBy() string {
+	if x != nil {
+		return x.ManagedBy
+	}
+	return ""
+}
+
 type ListKubeClustersResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	KubeClusters  []*KubeCluster         `protobuf:"bytes,1,rep,name=kube_clusters,json=kubeClusters,proto3" json:"kube_clusters,omitempty"`
@@ -948,7 +956,8 @@ type Entry struct {
 	Revision      uint64                 `protobuf:"varint,12,opt,name=revision,proto3" json:"revision,omitempty"` // on update: the revision that was read, or 0 for any
 	Downstream    bool                   `protobuf:"varint,13,opt,name=downstream,proto3" json:"downstream,omitempty"`
 	AdminRole     string                 `protobuf:"bytes,14,opt,name=admin_role,json=adminRole,proto3" json:"admin_role,omitempty"` // reader, operator or security: what whoever has the identity may do as an admin; admin alone means security
-	Warnings      []string               `protobuf:"bytes,15,rep,name=warnings,proto3" json:"warnings,omitempty"`                    // in answers: what of it has no effect yet
+	Warnings      []string               `protobuf:"bytes,15,rep,name=warnings,proto3" json:"warnings,omitempty"`                    // in answers: what of it has no effect yet, or will not last
+	ManagedBy     string                 `protobuf:"bytes,16,opt,name=managed_by,json=managedBy,proto3" json:"managed_by,omitempty"` // what keeps it as it is, such as workloadidentity/main/web; empty: nothing does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1086,6 +1095,13 @@ func (x *Entry) GetWarnings() []string {
 		return x.Warnings
 	}
 	return nil
+}
+
+func (x *Entry) GetManagedBy() string {
+	if x != nil {
+		return x.ManagedBy
+	}
+	return ""
 }
 
 type ListEntriesResponse struct {
@@ -2099,7 +2115,7 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"\x13CreateTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x129\n" +
 	"\n" +
-	"expires_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\xfe\x02\n" +
+	"expires_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\x9d\x03\n" +
 	"\vKubeCluster\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06issuer\x18\x02 \x01(\tR\x06issuer\x12\x1a\n" +
@@ -2117,10 +2133,12 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	" \x01(\tR\tdefaultId\x12\"\n" +
 	"\rno_default_id\x18\v \x01(\bR\vnoDefaultId\x12\x18\n" +
 	"\areplace\x18\f \x01(\bR\areplace\x12\x1a\n" +
-	"\brevision\x18\r \x01(\x04R\brevision\"\x8a\x01\n" +
+	"\brevision\x18\r \x01(\x04R\brevision\x12\x1d\n" +
+	"\n" +
+	"managed_by\x18\x0e \x01(\tR\tmanagedBy\"\x8a\x01\n" +
 	"\x18ListKubeClustersResponse\x12F\n" +
 	"\rkube_clusters\x18\x01 \x03(\v2!.countersign.admin.v1.KubeClusterR\fkubeClusters\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x97\x04\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb6\x04\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tselectors\x18\x02 \x03(\tR\tselectors\x12\x1b\n" +
@@ -2142,7 +2160,9 @@ const file_api_admin_v1_admin_proto_rawDesc = "" +
 	"downstream\x12\x1d\n" +
 	"\n" +
 	"admin_role\x18\x0e \x01(\tR\tadminRole\x12\x1a\n" +
-	"\bwarnings\x18\x0f \x03(\tR\bwarnings\"t\n" +
+	"\bwarnings\x18\x0f \x03(\tR\bwarnings\x12\x1d\n" +
+	"\n" +
+	"managed_by\x18\x10 \x01(\tR\tmanagedBy\"t\n" +
 	"\x13ListEntriesResponse\x125\n" +
 	"\aentries\x18\x01 \x03(\v2\x1b.countersign.admin.v1.EntryR\aentries\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xab\x03\n" +

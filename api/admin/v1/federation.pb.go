@@ -35,6 +35,7 @@ type PutFederationRequest struct {
 	Bundle        *v1.Bundle             `protobuf:"bytes,5,opt,name=bundle,proto3" json:"bundle,omitempty"`                           // pinned in place of what is there; needed on create with https_spiffe
 	Revision      uint64                 `protobuf:"varint,6,opt,name=revision,proto3" json:"revision,omitempty"`                      // on update: the revision that was read, or 0 for any
 	DryRun        bool                   `protobuf:"varint,7,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`            // check it, and change nothing
+	ManagedBy     string                 `protobuf:"bytes,8,opt,name=managed_by,json=managedBy,proto3" json:"managed_by,omitempty"`    // as of an entry
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -118,6 +119,13 @@ func (x *PutFederationRequest) GetDryRun() bool {
 	return false
 }
 
+func (x *PutFederationRequest) GetManagedBy() string {
+	if x != nil {
+		return x.ManagedBy
+	}
+	return ""
+}
+
 type FederationRelationship struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
@@ -137,6 +145,7 @@ type FederationRelationship struct {
 	Status               *RefreshStatus         `protobuf:"bytes,14,opt,name=status,proto3" json:"status,omitempty"`                  // absent: not known, see status_unknown_because
 	StatusUnknownBecause string                 `protobuf:"bytes,15,opt,name=status_unknown_because,json=statusUnknownBecause,proto3" json:"status_unknown_because,omitempty"`
 	Entries              uint32                 `protobuf:"varint,16,opt,name=entries,proto3" json:"entries,omitempty"` // that federate with it; in answers about one relationship
+	ManagedBy            string                 `protobuf:"bytes,17,opt,name=managed_by,json=managedBy,proto3" json:"managed_by,omitempty"`
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -281,6 +290,13 @@ func (x *FederationRelationship) GetEntries() uint32 {
 		return x.Entries
 	}
 	return 0
+}
+
+func (x *FederationRelationship) GetManagedBy() string {
+	if x != nil {
+		return x.ManagedBy
+	}
+	return ""
 }
 
 // RefreshStatus is in the memory of the member that leads.
@@ -632,7 +648,7 @@ var File_api_admin_v1_federation_proto protoreflect.FileDescriptor
 
 const file_api_admin_v1_federation_proto_rawDesc = "" +
 	"\n" +
-	"\x1dapi/admin/v1/federation.proto\x12\x14countersign.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x18api/admin/v1/admin.proto\x1a\x1eapi/workload/v1/workload.proto\"\xf4\x01\n" +
+	"\x1dapi/admin/v1/federation.proto\x12\x14countersign.admin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x18api/admin/v1/admin.proto\x1a\x1eapi/workload/v1/workload.proto\"\x93\x02\n" +
 	"\x14PutFederationRequest\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
 	"\x03url\x18\x02 \x01(\tR\x03url\x12\x18\n" +
@@ -641,7 +657,9 @@ const file_api_admin_v1_federation_proto_rawDesc = "" +
 	"endpointId\x127\n" +
 	"\x06bundle\x18\x05 \x01(\v2\x1f.countersign.workload.v1.BundleR\x06bundle\x12\x1a\n" +
 	"\brevision\x18\x06 \x01(\x04R\brevision\x12\x17\n" +
-	"\adry_run\x18\a \x01(\bR\x06dryRun\"\xa2\x05\n" +
+	"\adry_run\x18\a \x01(\bR\x06dryRun\x12\x1d\n" +
+	"\n" +
+	"managed_by\x18\b \x01(\tR\tmanagedBy\"\xc1\x05\n" +
 	"\x16FederationRelationship\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
 	"\x03url\x18\x02 \x01(\tR\x03url\x12\x18\n" +
@@ -661,7 +679,9 @@ const file_api_admin_v1_federation_proto_rawDesc = "" +
 	"\x06pinned\x18\r \x01(\bR\x06pinned\x12;\n" +
 	"\x06status\x18\x0e \x01(\v2#.countersign.admin.v1.RefreshStatusR\x06status\x124\n" +
 	"\x16status_unknown_because\x18\x0f \x01(\tR\x14statusUnknownBecause\x12\x18\n" +
-	"\aentries\x18\x10 \x01(\rR\aentries\"\xa1\x02\n" +
+	"\aentries\x18\x10 \x01(\rR\aentries\x12\x1d\n" +
+	"\n" +
+	"managed_by\x18\x11 \x01(\tR\tmanagedBy\"\xa1\x02\n" +
 	"\rRefreshStatus\x12=\n" +
 	"\flast_attempt\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\vlastAttempt\x12=\n" +
 	"\flast_success\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\vlastSuccess\x12=\n" +
