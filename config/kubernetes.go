@@ -24,7 +24,23 @@ type Kubernetes struct {
 	JoinTokenPath string   `yaml:"join_token_path"` // of the pod's token by which it joins, for audience countersign-member
 	AgentAccounts []string `yaml:"agent_accounts"`  // service accounts whose pods may be node agents, namespace/name; for a cluster that the leader registers
 	DefaultID     string   `yaml:"default_id"`      // of its pods, as in countersign kube add --default-id; for a cluster that the leader registers
+	Bundle        Bundle   `yaml:"bundle"`
+	Resources     bool     `yaml:"resources"` // the leader follows WorkloadIdentity, FederatedTrustDomain and KubeCluster (docs/KUBERNETES.md says whom that trusts)
 }
+
+// Bundle is where the leader publishes the trust domain's bundle in the kube cluster.
+type Bundle struct {
+	ConfigMap          string `yaml:"config_map"`           // its name; with stateful_set it is countersign-bundle; "off": none
+	Namespaces         string `yaml:"namespaces"`           // label selector of the namespaces that have it beside the members' own, such as countersign.io/bundle=true; empty: none
+	ClusterTrustBundle string `yaml:"cluster_trust_bundle"` // auto: where the API server has the kind; or off
+}
+
+// The values of kubernetes.bundle.
+const (
+	BundleAuto = "auto"
+	BundleOff  = "off"
+	bundleName = "countersign-bundle"
+)
 
 // Forms reports whether the members form the cluster by themselves.
 func (k *Kubernetes) Forms() bool { return k.StatefulSet != "" }
@@ -39,6 +55,8 @@ func (k *Kubernetes) complete() {
 		return
 	}
 	def(&k.Kubeconfig, "in-cluster")
+	def(&k.Bundle.ConfigMap, bundleName)
+	def(&k.Bundle.ClusterTrustBundle, BundleAuto)
 	def(&k.JoinTokenPath, DefaultJoinTokenPath)
 	if k.Namespace == "" {
 		if raw, err := os.ReadFile(namespaceFile); err == nil && len(raw) <= 64 {
@@ -65,7 +83,7 @@ var (
 
 func (k *Kubernetes) check(f *faults, name, joinTokenFile string) {
 	if k.Cluster == "" {
-		if k.StatefulSet != "" || k.Kubeconfig != "" || k.Namespace != "" || k.JoinTokenPath != "" || len(k.AgentAccounts) > 0 || k.DefaultID != "" {
+		if k.StatefulSet != "" || k.Kubeconfig != "" || k.Namespace != "" || k.JoinTokenPath != "" || len(k.AgentAccounts) > 0 || k.DefaultID != "" || k.Bundle != (Bundle{}) || k.Resources {
 			f.add("kubernetes.cluster is missing: the name under which the kube cluster is registered turns the others on")
 		}
 		return
@@ -81,6 +99,7 @@ func (k *Kubernetes) check(f *faults, name, joinTokenFile string) {
 			f.add("kubernetes.agent_accounts: %q: want namespace/name", a)
 		}
 	}
+	k.Bundle.check(f, k)
 	if !k.Forms() {
 		return
 	}
@@ -98,5 +117,21 @@ func (k *Kubernetes) check(f *faults, name, joinTokenFile string) {
 	f.absolute("kubernetes.join_token_path", k.JoinTokenPath)
 	if joinTokenFile != "" {
 		f.add("join_token_file: with kubernetes.stateful_set the members join by their pods' tokens: leave one of the two out")
+	}
+}
+
+func (b *Bundle) check(f *faults, k *Kubernetes) {
+	if b.ClusterTrustBundle != BundleAuto && b.ClusterTrustBundle != BundleOff {
+		f.add("kubernetes.bundle.cluster_trust_bundle %q: want %s or %s", b.ClusterTrustBundle, BundleAuto, BundleOff)
+	}
+	switch {
+	case k.Forms() && b.ConfigMap != bundleName:
+		f.add("kubernetes.bundle.config_map %q: with kubernetes.stateful_set it is %s, by which members and agents find the cluster", b.ConfigMap, bundleName)
+	case b.ConfigMap == BundleOff && b.Namespaces != "":
+		f.add("kubernetes.bundle.namespaces: there is no ConfigMap for them: leave it out, or kubernetes.bundle.config_map")
+	case b.ConfigMap != BundleOff && !clusterName.MatchString(b.ConfigMap):
+		f.add("kubernetes.bundle.config_map %q does not have the form of a name", b.ConfigMap)
+	case b.ConfigMap != BundleOff && k.Namespace == "" && !k.Forms():
+		f.add("kubernetes.namespace is missing, and there is no %s to take it from: name the namespace that is to have ConfigMap %s, or set kubernetes.bundle.config_map to off", namespaceFile, b.ConfigMap)
 	}
 }

@@ -136,8 +136,6 @@ func newManager(cfg *Config) (ctrl.Manager, error) {
 		Controller:              config.Controller{SkipNameValidation: &yes, CacheSyncTimeout: 10 * time.Minute},
 		GracefulShutdownTimeout: &no,
 		Cache:                   cacheOptions(&cfg.Bundle),
-		// Nothing but what is watched is kept in memory.
-		Client: client.Options{Cache: &client.CacheOptions{DisableFor: []client.Object{&corev1.Pod{}, &metav1.PartialObjectMetadata{}}}},
 	}
 	if cfg.LeaderElection != "" {
 		opts.LeaderElection, opts.LeaderElectionID, opts.LeaderElectionNamespace = true, "countersign-controller", cfg.LeaderElection

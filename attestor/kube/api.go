@@ -119,7 +119,9 @@ func (a *apiServer) setReviewFault(err error) {
 	a.reviewFault = err
 }
 
-func newAPIClient(kubeconfig string) (*apiClient, error) {
+// RESTConfig reads a kubeconfig, or takes the pod's own credentials where it is "in-cluster". One whose API server anybody could play
+// is refused.
+func RESTConfig(kubeconfig string) (*rest.Config, error) {
 	cfg, err := loadKubeconfig(kubeconfig)
 	if err != nil {
 		return nil, err
@@ -130,6 +132,18 @@ func newAPIClient(kubeconfig string) (*apiClient, error) {
 		return nil, fmt.Errorf("kubeconfig %s: its server is not an https URL", kubeconfig)
 	case cfg.Insecure:
 		return nil, fmt.Errorf("kubeconfig %s: it has insecure-skip-tls-verify: give certificate-authority-data instead, since whoever answers decides which pods are real", kubeconfig)
+	}
+	return cfg, nil
+}
+
+func newAPIClient(kubeconfig string) (*apiClient, error) {
+	cfg, err := RESTConfig(kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	host, _, err := rest.DefaultServerUrlFor(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig %s: its server is not an https URL", kubeconfig)
 	}
 	cfg.UserAgent = userAgent
 	cfg.WarningHandler = rest.NoWarnings{}

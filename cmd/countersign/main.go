@@ -33,6 +33,6 @@ Start with "countersign dev", then in another terminal "countersign-agent fetch 
 		Version: version,
 	}
 	a := &admin{}
-	root.AddCommand(serverCommand(), devCommand(), tokenCommand(a), kubeCommand(a), entryCommand(a), agentCommand(a), bundleCommand(a), statusCommand(a), sealCommand(a), authorityCommand(a), federationCommand(a), clusterCommand(a), backupCommand(a), auditCommand(a), x509Command(a), jwtCommand(a), checkCommand(a), installCommand())
+	root.AddCommand(serverCommand(), devCommand(), tokenCommand(a), kubeCommand(a), entryCommand(a), agentCommand(a), bundleCommand(a), statusCommand(a), sealCommand(a), authorityCommand(a), federationCommand(a), clusterCommand(a), backupCommand(a), auditCommand(a), x509Command(a), jwtCommand(a), checkCommand(a), controllerCommand(a), installCommand())
 	return root
 }

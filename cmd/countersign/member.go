@@ -131,6 +131,9 @@ func (m *member) serve(ctx context.Context, ready func()) (err error) {
 	g.Go(func() error { return m.node.Run(ctx) })
 	g.Go(func() error {
 		m.node.Leadership(ctx, func(ctx context.Context) {
+			done := make(chan struct{})
+			go func() { defer close(done); m.control(ctx) }()
+			defer func() { <-done }()
 			if err := m.server.RunLeader(ctx); err != nil {
 				log.Error("the leader's work ended", "error", err)
 			}

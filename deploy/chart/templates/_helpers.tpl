@@ -22,7 +22,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "countersign.server.yaml" -}}
 {{- $accounts := .Values.members.agentAccounts | default (list (printf "%s/countersign-agent" .Release.Namespace)) -}}
 {{- $bundle := dict "config_map" "countersign-bundle" "namespaces" .Values.bundle.namespaces "cluster_trust_bundle" .Values.bundle.clusterTrustBundle -}}
-{{- $kube := dict "cluster" .Values.cluster "kubeconfig" "in-cluster" "namespace" .Release.Namespace "stateful_set" "countersign" "agent_accounts" $accounts "default_id" .Values.members.defaultID -}}
+{{- $kube := dict "cluster" .Values.cluster "kubeconfig" "in-cluster" "namespace" .Release.Namespace "stateful_set" "countersign" "agent_accounts" $accounts "default_id" .Values.members.defaultID "bundle" $bundle "resources" .Values.resources -}}
 {{- $conf := dict "version" 1 "trust_domain" .Values.trustDomain "data_dir" "/var/lib/countersign/data" "health" "0.0.0.0:8080" "kubernetes" $kube "log" (dict "format" .Values.logFormat) -}}
 {{- toYaml (mustMergeOverwrite $conf (deepCopy .Values.members.config)) }}
 {{- end }}
