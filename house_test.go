@@ -39,13 +39,14 @@ var house = map[string][]string{
 	"agent":            {"identity", "api", "attestor", "internal/durable"},
 	"workloadapi":      {"identity", "attestor", "internal/durable"},
 	"federation":       {"identity"},
+	"controller":       {"identity", "api"},
 	"deploy":           {"identity"},
 	"cmd":              {"*"},
 	"integration":      {"*"},
 }
 
 // agentMustNotLink is what the node agent must never carry: what it does not link, it cannot do, and need not keep in memory.
-var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server", "audit", "backup", "federation", "deploy", "internal/vault", "internal/hsm"}
+var agentMustNotLink = []string{"raft", "store", "ca", "seal", "server", "audit", "backup", "federation", "controller", "deploy", "internal/vault", "internal/hsm"}
 
 type source struct {
 	path string // slash-separated, from the root
@@ -133,6 +134,9 @@ func TestHouseImportsGoDown(t *testing.T) {
 			to, ok := owner(imp)
 			if !ok || to != own && !slices.Contains(house[own], to) && !slices.Contains(house[own], "*") && !s.test {
 				t.Errorf("%s: %s may not import %s (it may: %v)", s.path, own, imp, house[own])
+			}
+			if to == "controller" && own != "cmd" && own != "controller" {
+				t.Errorf("%s: only cmd imports controller", s.path)
 			}
 			if to == "config" && own != "cmd" && own != "integration" {
 				t.Errorf("%s: only cmd imports config", s.path)
