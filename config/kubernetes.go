@@ -30,7 +30,7 @@ type Kubernetes struct {
 
 // Bundle is where the leader publishes the trust domain's bundle in the kube cluster.
 type Bundle struct {
-	ConfigMap          string `yaml:"config_map"`           // its name; with stateful_set it is countersign-bundle; "off": none
+	ConfigMap          string `yaml:"config_map"`           // its name; with stateful_set it is countersign-bundle; off: none, as it is where no namespace is known
 	Namespaces         string `yaml:"namespaces"`           // label selector of the namespaces that have it beside the members' own, such as countersign.io/bundle=true; empty: none
 	ClusterTrustBundle string `yaml:"cluster_trust_bundle"` // auto: where the API server has the kind; or off
 }
@@ -55,7 +55,6 @@ func (k *Kubernetes) complete() {
 		return
 	}
 	def(&k.Kubeconfig, "in-cluster")
-	def(&k.Bundle.ConfigMap, bundleName)
 	def(&k.Bundle.ClusterTrustBundle, BundleAuto)
 	def(&k.JoinTokenPath, DefaultJoinTokenPath)
 	if k.Namespace == "" {
@@ -63,6 +62,10 @@ func (k *Kubernetes) complete() {
 			k.Namespace = strings.TrimSpace(string(raw))
 		}
 	}
+	if k.Namespace == "" && !k.Forms() { // a member outside of the cluster: there is no namespace of its own
+		def(&k.Bundle.ConfigMap, BundleOff)
+	}
+	def(&k.Bundle.ConfigMap, bundleName)
 }
 
 // advertised is the address of the pod of that name: the DNS name that it keeps when its address changes.
@@ -132,6 +135,6 @@ func (b *Bundle) check(f *faults, k *Kubernetes) {
 	case b.ConfigMap != BundleOff && !clusterName.MatchString(b.ConfigMap):
 		f.add("kubernetes.bundle.config_map %q does not have the form of a name", b.ConfigMap)
 	case b.ConfigMap != BundleOff && k.Namespace == "" && !k.Forms():
-		f.add("kubernetes.namespace is missing, and there is no %s to take it from: name the namespace that is to have ConfigMap %s, or set kubernetes.bundle.config_map to off", namespaceFile, b.ConfigMap)
+		f.add("kubernetes.namespace is missing, and there is no %s to take it from: name the namespace that is to have ConfigMap %s", namespaceFile, b.ConfigMap)
 	}
 }
