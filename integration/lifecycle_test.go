@@ -18,6 +18,7 @@ import (
 	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"countersign.io/countersign/integration/node"
@@ -236,6 +237,60 @@ func TestStageBadVolume(t *testing.T) {
 	}
 	if lines, _ := forger.out.Lines(); contains(lines, "could") || !contains(lines, "permission denied") {
 		t.Errorf("a pod calls the driver: %v", lines)
+	}
+}
+
+// TestStageNoToken has the kubelet hand over tokens for somebody else, and none.
+func TestStageNoToken(t *testing.T) {
+	p := onStage(t)
+	p.account("web")
+	const driver = "/apis/storage.k8s.io/v1/csidrivers/csi.countersign.io"
+	var was storagev1.CSIDriver
+	p.must(http.MethodGet, driver, nil, &was)
+	set := func(requests []storagev1.TokenRequest) {
+		var d storagev1.CSIDriver
+		p.must(http.MethodGet, driver, nil, &d)
+		d.Spec.TokenRequests = requests
+		p.must(http.MethodPut, driver, &d, nil)
+	}
+	defer set(was.Spec.TokenRequests)
+	for name, requests := range map[string][]storagev1.TokenRequest{"none": nil, "other": {{Audience: "vault"}}} {
+		set(requests)
+		p.apply(p.podManifest(name, "web", volume, volumeMounts, "", "/pod", "pause"))
+		p.event(name, "FailedMount", "tokenRequests")
+	}
+	set(was.Spec.TokenRequests)
+	// The kubelet tries again, and the pods start.
+	for _, name := range []string{"none", "other"} {
+		if err := node.WaitFor(p.ctx, p.n, p.pods(), name, "it runs", func(o *corev1.Pod) bool { return o.Status.Phase == corev1.PodRunning }); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestStageVolumeFiles has a program read its SVID from files, and the next from the same files.
+func TestStageVolumeFiles(t *testing.T) {
+	p := onStage(t)
+	p.account("web")
+	const files = `
+  volumes: [{name: identity, csi: {driver: csi.countersign.io, readOnly: true, volumeAttributes: {files: "true", jwtAudiences: "vault"}}}]
+`
+	pod := p.start("web", p.podManifest("web", "web", files, volumeMounts, "", "/pod", "follow")).pod
+	want := fmt.Sprintf("files spiffe://%s/ns/%s/sa/web ", kubeDomain, p.ns)
+	serials := map[string]bool{}
+	for end := time.Now().Add(time.Minute); len(serials) < 3 && time.Now().Before(end); time.Sleep(time.Second) {
+		out, err := p.n.Exec(p.ctx, p.ns, pod.Name, "main", "/pod", "files", "/run/countersign")
+		f := strings.Fields(out)
+		if err != nil || !strings.HasPrefix(out, want) || len(f) != 5 || !strings.HasPrefix(f[4], "[jwt-") {
+			t.Fatalf("got %q, %v; want %s and a JWT-SVID", out, err, want)
+		}
+		if f[3] != "-rw-r-----" {
+			t.Errorf("the key has mode %s", f[3])
+		}
+		serials[f[2]] = true
+	}
+	if len(serials) < 3 {
+		t.Errorf("only %d SVIDs in the files within a minute", len(serials))
 	}
 }
 

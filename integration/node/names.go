@@ -14,7 +14,8 @@ import (
 )
 
 // names answers for headless services as Kubernetes' DNS specification has it: SERVICE.NAMESPACE.svc.cluster.local with the
-// addresses of the ready endpoints, and HOSTNAME.SERVICE... with one's own. It knows nothing else, and forwards nothing.
+// addresses of the ready endpoints, and HOSTNAME.SERVICE... with one's own. It knows nothing else, and forwards nothing. (CoreDNS as
+// a library would bring 150 modules more, the clients of clouds among them, and newer ones of those that Kubernetes is pinned to.)
 type names struct {
 	mu     sync.RWMutex // guards slices
 	slices map[string]discoveryv1.EndpointSlice

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -25,6 +28,46 @@ func plant(dir string) {
 		report(what, err)
 	}
 	wait()
+}
+
+// files reads an SVID from files, as a program that knows nothing of SPIFFE does.
+func files(dir string) error {
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "svid.pem"), filepath.Join(dir, "key.pem"))
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	bundle, err := os.ReadFile(filepath.Join(dir, "bundle.pem"))
+	if err != nil {
+		return err
+	}
+	if !roots.AppendCertsFromPEM(bundle) {
+		return errors.New("no certificate in bundle.pem")
+	}
+	between := x509.NewCertPool()
+	for _, der := range pair.Certificate[1:] {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return err
+		}
+		between.AddCert(c)
+	}
+	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+		return err
+	}
+	key, err := os.Stat(filepath.Join(dir, "key.pem"))
+	if err != nil {
+		return err
+	}
+	tokens, err := filepath.Glob(filepath.Join(dir, "jwt-*"))
+	if err != nil {
+		return err
+	}
+	for i, t := range tokens {
+		tokens[i] = filepath.Base(t)
+	}
+	fmt.Println("files", pair.Leaf.URIs[0], pair.Leaf.SerialNumber, key.Mode(), tokens)
+	return nil
 }
 
 // dial tries to connect, and to be listened to.
