@@ -440,7 +440,7 @@ func (p *play) until(token string, end time.Time) string {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	old, err := jose.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
+	old, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.RS256})
 	if err != nil {
 		p.t.Fatal(err)
 	}
