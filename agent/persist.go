@@ -60,7 +60,10 @@ func (a *Agent) restore(now time.Time) {
 	if err != nil {
 		ignore(a.state.own(), err)
 	}
-	paths, err := a.state.files()
+	paths, torn, err := a.state.files()
+	for _, path := range torn { // nobody writes yet
+		err = errors.Join(err, os.Remove(path))
+	}
 	if err != nil {
 		ignore(a.state.path, err)
 		a.cache.forget(now)

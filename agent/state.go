@@ -293,27 +293,23 @@ func parseWorkload(data []byte, t *trust, now time.Time) (*savedWorkload, error)
 	return w, nil
 }
 
-// files lists the workloads' files, and removes what a crash left of a write.
-func (d *stateDir) files() ([]string, error) {
+// files lists the workloads' files, and what a crash left of writing one.
+func (d *stateDir) files() (whole, torn []string, err error) {
 	dir := filepath.Join(d.path, "svid")
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, fmt.Errorf("reading the agent's state folder: %w", err)
+		return nil, nil, fmt.Errorf("reading the agent's state folder: %w", err)
 	}
-	var out []string
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		if strings.HasPrefix(e.Name(), ".") && strings.HasSuffix(e.Name(), ".tmp") {
-			if err := os.Remove(path); err != nil {
-				return nil, fmt.Errorf("cleaning the agent's state folder: %w", err)
-			}
-			continue
-		}
-		if strings.HasSuffix(e.Name(), ".json") {
-			out = append(out, path)
+		switch {
+		case strings.HasPrefix(e.Name(), ".") && strings.HasSuffix(e.Name(), ".tmp"):
+			torn = append(torn, path)
+		case strings.HasSuffix(e.Name(), ".json"):
+			whole = append(whole, path)
 		}
 	}
-	return out, nil
+	return whole, torn, nil
 }
 
 func readState(path string, limit int64) ([]byte, error) {

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -35,6 +36,15 @@ func memoryDir(t testing.TB) string {
 	return dir
 }
 
+func workloadFiles(t testing.TB, d *stateDir) []string {
+	t.Helper()
+	whole, _, err := d.files()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return whole
+}
+
 func TestRestartServesWithoutAnyMember(t *testing.T) {
 	c := newCluster(t)
 	m := c.member("a")
@@ -49,7 +59,7 @@ func TestRestartServesWithoutAnyMember(t *testing.T) {
 	current(t, a.Agent, caller("gone"))
 	id := a.Status().ID
 	eventually(t, "watched", func() (ok bool) { c.locked(func() { ok = len(c.watched) == 2 }); return ok })
-	eventually(t, "written", func() bool { return len(must(a.state.files())) == 2 })
+	eventually(t, "written", func() bool { return len(workloadFiles(t, a.state)) == 2 })
 	// One is dropped: its file goes.
 	c.grant("gone")
 	c.locked(func() {
@@ -60,8 +70,8 @@ func TestRestartServesWithoutAnyMember(t *testing.T) {
 		}
 	})
 	c.pushChanged(false)
-	eventually(t, "removed", func() bool { return len(must(a.state.files())) == 1 })
-	for _, path := range append(must(a.state.files()), a.state.own(), a.state.trust()) {
+	eventually(t, "removed", func() bool { return len(workloadFiles(t, a.state)) == 1 })
+	for _, path := range append(workloadFiles(t, a.state), a.state.own(), a.state.trust()) {
 		if st := must(os.Stat(path)); st.Mode().Perm() != 0o600 {
 			t.Errorf("%s has mode %v", path, st.Mode())
 		}
@@ -167,12 +177,12 @@ func TestDamagedState(t *testing.T) {
 		a := run(t, cfg)
 		current(t, a.Agent, caller("web"))
 		a.halt()
-		return cfg, must(a.state.files())[0]
+		return cfg, workloadFiles(t, a.state)[0]
 	}
 	foreign, foreignSVID := saved(other)
 	file := func(dir, name string) string {
 		if name == "svid" {
-			return must((&stateDir{dir}).files())[0]
+			return workloadFiles(t, &stateDir{dir})[0]
 		}
 		return filepath.Join(dir, name)
 	}
@@ -306,10 +316,12 @@ func TestStateDirIsPrivate(t *testing.T) {
 	}
 	left := filepath.Join(dir, "svid", ".x.json.1.tmp")
 	os.WriteFile(left, []byte("x"), 0o600)
-	a.state.files()
-	if _, err := os.Stat(left); err == nil {
-		t.Error("what a crash left is kept")
-	}
+	a.halt()
+	run(t, cfg)
+	eventually(t, "what a crash left is removed", func() bool {
+		_, err := os.Stat(left)
+		return errors.Is(err, fs.ErrNotExist)
+	})
 }
 
 func TestNoSecretInLogs(t *testing.T) {
@@ -325,7 +337,7 @@ func TestNoSecretInLogs(t *testing.T) {
 	err := currentErr(t, a.Agent, caller("tok-secret-2"), identity.ErrDenied)
 	c.locked(func() { c.issueErr = errors.New("broken") })
 	err2 := currentErr(t, a.Agent, caller("tok-secret-3"), identity.ErrUnavailable)
-	path := must(a.state.files())[0]
+	path := workloadFiles(t, a.state)[0]
 	a.halt()
 	os.WriteFile(path, bytes.Replace(must(os.ReadFile(path)), []byte(`"key":"`), []byte(`"key":"!`), 1), 0o600)
 	b := run(t, cfg)

@@ -419,7 +419,7 @@ func TestUsesOverARestart(t *testing.T) {
 		{"uses empty", func(t *testing.T, d *stateDir) { write(t, d.uses(), "") }, false, false},
 		{"uses of another version", func(t *testing.T, d *stateDir) { write(t, d.uses(), `{"version":99,"stray":{}}`) }, false, false},
 		{"trust damaged", func(t *testing.T, d *stateDir) { write(t, d.trust(), "{") }, false, false},
-		{"a workload damaged", func(t *testing.T, d *stateDir) { write(t, must(d.files())[0], "{") }, false, false},
+		{"a workload damaged", func(t *testing.T, d *stateDir) { write(t, workloadFiles(t, d)[0], "{") }, false, false},
 		{"trust unreadable", func(t *testing.T, d *stateDir) {
 			if err := os.Chmod(d.trust(), 0o666); err != nil {
 				t.Fatal(err)
@@ -448,7 +448,7 @@ func TestUsesOverARestart(t *testing.T) {
 					return false
 				}
 				stray, err := parseUses(data)
-				return err == nil && !stray[k.ca.id()].IsZero() && len(must(a.state.files())) == 1
+				return err == nil && !stray[k.ca.id()].IsZero() && len(workloadFiles(t, a.state)) == 1
 			})
 			a.halt()
 			c.damage(t, a.state)
@@ -528,7 +528,7 @@ func TestUnwrittenUses(t *testing.T) {
 	cfg.StateDir = memoryDir(t)
 	a := run(t, cfg)
 	watchUpdates(t, a.Agent, caller("web")).next()
-	eventually(t, "written", func() bool { return len(must(a.state.files())) == 1 && exists(a.state.uses()) })
+	eventually(t, "written", func() bool { return len(workloadFiles(t, a.state)) == 1 && exists(a.state.uses()) })
 	dir := filepath.Dir(a.state.svid("x"))
 	if err := os.Rename(dir, dir+".away"); err != nil {
 		t.Fatal(err)
