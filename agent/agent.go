@@ -100,6 +100,7 @@ type Agent struct {
 	pods, processes issueQueue
 	jwts            *lru.Cache[jwtKey, jwtAnswer]
 	jwtGo           singleflight.Group
+	jwtsIssued      atomic.Uint64
 	keygen          chan struct{} // bounds the keys being made at once
 	usesLost        bool          // of runPersister: something that was handed out could not be written
 	ownSooner       chan struct{} // cap 1: the agent's own SVID is to be renewed sooner than it was
@@ -233,6 +234,20 @@ type Status struct {
 	BundleSequence uint64    `json:"bundle_sequence"`
 	Workloads      int       `json:"workloads"` // with an identity in the cache
 	Streams        int       `json:"streams"`
+	Stats
+}
+
+// Stats are numbers for whoever watches many agents.
+type Stats struct {
+	SVIDs         int       `json:"svids"`                 // held for workloads
+	FirstExpiry   time.Time `json:"first_expiry,omitzero"` // of those
+	LastContact   time.Time `json:"last_contact,omitzero"` // when a member was last connected; now, if one is
+	X509Issued    uint64    `json:"x509_issued"`           // to this agent for workloads, since it started
+	JWTIssued     uint64    `json:"jwt_issued"`
+	Renewed       uint64    `json:"renewed"`        // workloads that were given newer SVIDs
+	Denied        uint64    `json:"denied"`         // questions about workloads to which a member said no
+	Failed        uint64    `json:"failed"`         // that no member answered, for workloads without an SVID
+	RenewalFailed uint64    `json:"renewal_failed"` // the same, for workloads that have one still
 }
 
 // Status reports the agent's state.
@@ -246,6 +261,8 @@ func (a *Agent) Status() Status {
 	}
 	s.Member, s.Revision = a.link.status()
 	s.Workloads, s.Streams = a.cache.counts()
+	s.Stats = a.cache.stats()
+	s.JWTIssued, s.LastContact = a.jwtsIssued.Load(), a.link.lastContact(time.Now())
 	if err := a.Ready(); err != nil {
 		s.Problem = err.Error()
 	}

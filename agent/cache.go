@@ -107,6 +107,7 @@ type cache struct {
 	streams  int
 	uses     uses
 	issuer   [][]byte // the last issuer chain: SVIDs share it
+	told     Stats    // what is counted as it happens
 
 	rearm chan struct{} // cap 1: the first timer may have changed
 
@@ -199,6 +200,10 @@ func (c *cache) settle(w *workload, f *flight, key string, res *issued, now time
 		f.err = fmt.Errorf("%w: the entries have changed and the member that answered does not know it yet", identity.ErrUnavailable)
 		c.schedule(w, now.Add(changedRetry))
 	case res.err == nil:
+		c.told.X509Issued += uint64(len(res.svids))
+		if len(w.svids) > 0 {
+			c.told.Renewed++
+		}
 		c.rename(w, key)
 		c.replace(w, res.svids)
 		w.selectors, w.update = res.selectors, nil
@@ -212,12 +217,15 @@ func (c *cache) settle(w *workload, f *flight, key string, res *issued, now time
 		c.watch(w.handle)
 		c.save(w.key)
 	case !transient(res.err):
+		c.told.Denied++
 		f.err = denied(res.err)
 		c.drop(w, f.err)
 	case len(w.svids) == 0:
+		c.told.Failed++
 		f.err = unavailable(res.err)
 		c.drop(w, f.err)
 	default:
+		c.told.RenewalFailed++
 		f.err = unavailable(res.err)
 		c.schedule(w, c.retryAt(w, now))
 	}
@@ -452,6 +460,19 @@ func (c *cache) counts() (workloads, streams int) {
 		}
 	}
 	return workloads, c.streams
+}
+
+func (c *cache) stats() Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.told
+	for _, w := range c.byKey {
+		s.SVIDs += len(w.svids)
+		if e := w.expires(); !e.IsZero() && (s.FirstExpiry.IsZero() || e.Before(s.FirstExpiry)) {
+			s.FirstExpiry = e
+		}
+	}
+	return s
 }
 
 func (c *cache) empty() bool {

@@ -118,6 +118,7 @@ func (a *Agent) issueJWT(ctx context.Context, ev identity.Evidence, audience []s
 			return fmt.Errorf("asking for JWT-SVIDs: %w", err)
 		}
 		out, err = takeJWTs(a.trust.Load().jwt, resp.Svids, audience, id, time.Now())
+		a.jwtsIssued.Add(uint64(len(out.svids)))
 		return err
 	})
 	return out, errors.Join(err, verdict)

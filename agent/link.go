@@ -42,6 +42,7 @@ type link struct {
 	changed  chan struct{}        // closed and replaced whenever one of the above changes
 	revision uint64               // of the last push
 	failed   map[string]time.Time // when a member last failed, by address
+	last     time.Time            // when the last session ended
 }
 
 func (l *link) init() {
@@ -72,7 +73,10 @@ func (l *link) whenFailed(addr string) time.Time {
 func (l *link) set(s *session, reason error) (old *session) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	old, l.sess, l.reason = l.sess, s, reason
+	if old = l.sess; old != nil {
+		l.last = time.Now()
+	}
+	l.sess, l.reason = s, reason
 	close(l.changed)
 	l.changed = make(chan struct{})
 	return old
@@ -101,6 +105,16 @@ func (l *link) status() (member string, revision uint64) {
 		member = l.sess.addr
 	}
 	return member, l.revision
+}
+
+// lastContact is now while there is a session, else when the last one ended; zero: there was none.
+func (l *link) lastContact(now time.Time) time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.sess != nil {
+		return now
+	}
+	return l.last
 }
 
 // acquire waits while a member is being looked for. The session must be released.
@@ -153,7 +167,7 @@ func (l *link) fail(s *session, err error) {
 	l.mu.Lock()
 	mine := l.sess == s
 	if mine {
-		l.sess = nil
+		l.sess, l.last = nil, time.Now()
 		close(l.changed)
 		l.changed = make(chan struct{})
 	}

@@ -80,6 +80,8 @@ type Log struct {
 	told      bool      // the process's log was told of the problem
 	busy      time.Time // since when the files are being written; zero: they are not
 	durable   chan struct{}
+	counts    map[Count]uint64
+	failures  uint64
 	around    int  // callers that may be back in moments
 	gathering bool // the writer waits for them; it ends with a word on complete
 
@@ -115,6 +117,7 @@ type meta struct {
 	time    time.Time
 	action  Action
 	outcome Outcome
+	count   uint64 // how many events it stands for
 }
 
 // New checks the configuration, opens the files and finds where the chain ends. Nothing is recorded before Run.
@@ -151,7 +154,7 @@ func New(c Config) (*Log, error) {
 	case c.MaxSize < MaxLine || c.KeepBytes < 0 || c.Reserve < MaxLine || c.Keep < 0 || c.Deadline < 0:
 		return nil, fmt.Errorf("opening the audit log: %w: max_size and reserve must be at least %d bytes, and nothing negative", identity.ErrInvalid, MaxLine)
 	}
-	l := &Log{cfg: c, wake: make(chan struct{}, 1), complete: make(chan struct{}, 1), timer: time.NewTimer(time.Hour), durable: make(chan struct{}), problem: errors.New("it has not been opened yet")}
+	l := &Log{cfg: c, wake: make(chan struct{}, 1), complete: make(chan struct{}, 1), timer: time.NewTimer(time.Hour), durable: make(chan struct{}), counts: map[Count]uint64{}, problem: errors.New("it has not been opened yet")}
 	l.flood.init()
 	if c.Dir != "" {
 		var err error
@@ -223,7 +226,7 @@ func (c *call) add(l *Log, e *Event, cp *Checkpoint) {
 		e.Time = l.cfg.Now()
 	}
 	c.buf = appendBody(c.buf, l.cfg.Member, e, cp)
-	c.meta = append(c.meta, meta{end: len(c.buf), time: e.Time, action: e.Action, outcome: e.Outcome})
+	c.meta = append(c.meta, meta{end: len(c.buf), time: e.Time, action: e.Action, outcome: e.Outcome, count: max(1, e.Count)})
 }
 
 // decides reports whether anything is to come of a call: of all but refusals and failures.

@@ -248,6 +248,9 @@ func (l *Log) confirm(calls []*call, first uint64) {
 	for _, c := range calls {
 		c.first = first
 		first += uint64(len(c.meta))
+		for _, m := range c.meta {
+			l.counts[Count{m.action, m.outcome}] += m.count
+		}
 		c.need = 1
 		for _, o := range l.outputs {
 			if o.Required {
@@ -275,6 +278,7 @@ func (l *Log) broken(err error, calls []*call) {
 		l.cfg.Log.Error("the audit log cannot be written: this member makes no decisions", "error", err)
 	}
 	l.problem = err
+	l.failures++
 	var notes []*call
 	for _, c := range calls {
 		if c.done == nil && !c.own {

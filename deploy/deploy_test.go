@@ -298,6 +298,9 @@ func TestBadValues(t *testing.T) {
 		{"trustDomain: example.org\nimage: {tag: 'a b'}", "image.tag"},
 		{"trustDomain: example.org\nbundle: {clusterTrustBundle: yes please}", "bundle.clusterTrustBundle"},
 		{"trustDomain: example.org\nnetworkPolicy: {clients: [{}]}", "networkPolicy.clients.0"},
+		{"trustDomain: example.org\nmonitoring: {from: [{}]}", "monitoring.from.0"},
+		{"trustDomain: example.org\nmonitoring: {interval: often}", "monitoring.interval"},
+		{"trustDomain: example.org\nmonitoring: {labels: {app.kubernetes.io/name: x}}", "monitoring.labels"},
 		{"trustDomain: example.org\nresources: null", ""},
 	} {
 		_, err := deploy.Render(deploy.Options{Values: values(t, c.values)})
@@ -359,7 +362,7 @@ func TestSchemaIsWhole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	free := []string{"members.config", "agent.config", "members.nodeSelector", "members.annotations", "agent.nodeSelector", "agent.annotations", "global"}
+	free := []string{"members.config", "agent.config", "members.nodeSelector", "members.annotations", "agent.nodeSelector", "agent.annotations", "monitoring.labels", "global"}
 	var walk func(path string, schema, values map[string]any)
 	walk = func(path string, schema, values map[string]any) {
 		if schema["additionalProperties"] != false {

@@ -35,7 +35,7 @@ type nodeService struct {
 }
 
 // Attest proves a node: evidence in, the agent's SVID out.
-func (s nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest, nodev1.AttestResponse]) error {
+func (s nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest, nodev1.AttestResponse]) (err error) {
 	ctx, cancel := context.WithTimeout(stream.Context(), attestTime)
 	defer cancel()
 	// Nothing is spent or asked for before it is clear that this member could answer.
@@ -50,6 +50,7 @@ func (s nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest
 	if begin == nil {
 		return fmt.Errorf("%w: an Attest stream starts with Begin", identity.ErrInvalid)
 	}
+	defer func() { s.stats.attest(begin, err) }()
 	key, err := ca.ParsePublicKey(begin.PublicKey) // before a one-time secret is spent on it
 	if err != nil {
 		return err

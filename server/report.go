@@ -48,6 +48,7 @@ func (s *Server) report(c caller, method string, err error) error {
 	if done, ok := err.(reported); ok {
 		return done.error
 	}
+	s.stats.refuse(api.Code(err))
 	level := slog.LevelInfo
 	switch api.Code(err) {
 	case codes.Internal:

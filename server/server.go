@@ -134,6 +134,7 @@ type Server struct {
 	refusals, faults *lineLimit
 	requestPrefix    string // of the IDs of calls, and how many there were
 	requestCount     atomic.Uint64
+	stats            tally
 	stopping         chan struct{} // closed when the member stops
 	seal             sealTending
 	home             homeTending

@@ -332,6 +332,22 @@ func (s *Store) Members() []identity.Member {
 	return values(s.view.members)
 }
 
+// Counts is how many records of a kind there are.
+type Counts struct{ Entries, Agents, Banned int }
+
+// Counts counts; the time that it takes goes by the number of agents.
+func (s *Store) Counts() Counts {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	c := Counts{Entries: len(s.view.entries), Agents: len(s.view.agents)}
+	for _, a := range s.view.agents {
+		if a.Banned {
+			c.Banned++
+		}
+	}
+	return c
+}
+
 func values[T any](in []*T) []T {
 	out := make([]T, len(in))
 	for i, v := range in {

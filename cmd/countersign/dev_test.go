@@ -355,6 +355,7 @@ func TestDev(t *testing.T) {
 	s.kube()
 	s.tokens()
 	s.direct()
+	s.metrics()
 
 	// A second one gets in nobody's way.
 	s.fails(cli.ExitFailure, fmt.Sprintf("countersign dev --listen %s --health %s --agent-health %s", s.listen, s.health, s.agentHealth), "address already in use")

@@ -111,7 +111,11 @@ func (m *member) serve(ctx context.Context, ready func()) (err error) {
 		return err
 	}
 	// Joining, and replaying a long log, take their time: the member is live meanwhile, and says that it is not ready.
-	m.run(ctx, func(ctx context.Context) error { return cli.ServeHealth(ctx, m.health, m.ready, m.notes) })
+	numbers, err := m.metrics()
+	if err != nil {
+		return err
+	}
+	m.run(ctx, func(ctx context.Context) error { return cli.ServeHealth(ctx, m.health, m.ready, numbers, m.notes) })
 	if err := m.open(ctx); err != nil {
 		return err
 	}

@@ -180,7 +180,7 @@ func TestServeHealth(t *testing.T) {
 	ctx, stop := context.WithCancel(context.Background())
 	why := make(chan error, 1)
 	done := make(chan error, 1)
-	go func() { done <- ServeHealth(ctx, l, func() error { return <-why }) }()
+	go func() { done <- ServeHealth(ctx, l, func() error { return <-why }, nil) }()
 	ask := func(method, path string) (int, string) {
 		req, err := http.NewRequest(method, "http://"+l.Addr().String()+path, nil)
 		if err != nil {

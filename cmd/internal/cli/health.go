@@ -12,10 +12,13 @@ import (
 	"time"
 )
 
-// ServeHealth answers /live and /ready on an open listener until ctx ends. ready says nil, or why not.
-// What notes say follows in lines of their own when it is ready.
-func ServeHealth(ctx context.Context, l net.Listener, ready func() error, notes ...func() []string) error {
+// ServeHealth answers /live, /ready and /metrics on an open listener until ctx ends. ready says nil, or why not.
+// What notes say follows in lines of their own when it is ready. Without metrics (nil) there is no such path.
+func ServeHealth(ctx context.Context, l net.Listener, ready func() error, metrics http.Handler, notes ...func() []string) error {
 	mux := http.NewServeMux()
+	if metrics != nil {
+		mux.Handle("GET /metrics", metrics)
+	}
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "live") })
 	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
 		if err := ready(); err != nil {

@@ -19,7 +19,7 @@ func TestHealthUnderSilentConnections(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	why := errors.New("for a reason")
-	go func() { done <- ServeHealth(ctx, l, func() error { return why }) }()
+	go func() { done <- ServeHealth(ctx, l, func() error { return why }, nil) }()
 	var silent []net.Conn
 	for range 3 * maxHealthConns {
 		c, err := net.Dial("tcp", l.Addr().String())

@@ -64,9 +64,9 @@ func Run(ctx context.Context, c *config.Agent, o Options) error {
 		return fmt.Errorf("listening for health (health: %s): %w: end what uses the port, or name another", c.Health, err)
 	}
 	ready := a.Ready
-	g, ctx := errgroup.WithContext(ctx)
+	var driver *csi.Driver // nil: there is none
 	if c.CSI != nil {
-		driver, err := csi.New(csi.Config{
+		driver, err = csi.New(csi.Config{
 			Socket: c.CSI.Socket, RegistrationDir: c.CSI.RegistrationDir, KubeletDir: c.CSI.KubeletDir, Dir: c.CSI.Dir, Node: c.CSI.Node,
 			Audience: c.CSI.Audience, Version: o.Version, Source: a, Forget: a.Forget, API: api, Log: o.Log,
 		})
@@ -75,11 +75,19 @@ func Run(ctx context.Context, c *config.Agent, o Options) error {
 			return fmt.Errorf("starting the CSI driver (csi): %w", err)
 		}
 		ready = func() error { return errors.Join(a.Ready(), driver.Ready()) }
+	}
+	numbers, err := newMetrics(o.Version, a, driver, ready, o.Log)
+	if err != nil {
+		health.Close()
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	if driver != nil {
 		g.Go(func() error { return driver.Run(ctx) })
 	}
 	g.Go(func() error { return a.Run(ctx) })
 	g.Go(func() error { return api.Run(ctx) })
-	g.Go(func() error { return cli.ServeHealth(ctx, health, ready) })
+	g.Go(func() error { return cli.ServeHealth(ctx, health, ready, numbers) })
 	if o.Ready != nil {
 		o.Ready()
 	}

@@ -60,10 +60,15 @@ func RunSidecar(ctx context.Context, c Sidecar) error {
 	if err != nil {
 		return fmt.Errorf("listening for health (--health %s): %w: end what uses the port, or name another", c.Health, err)
 	}
+	numbers, err := newMetrics(c.Version, a, nil, a.Ready, c.Log)
+	if err != nil {
+		health.Close()
+		return err
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.Run(ctx) })
 	g.Go(func() error { return api.Run(ctx) })
-	g.Go(func() error { return cli.ServeHealth(ctx, health, a.Ready) })
+	g.Go(func() error { return cli.ServeHealth(ctx, health, a.Ready, numbers) })
 	if c.Ready != nil {
 		c.Ready()
 	}
