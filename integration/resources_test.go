@@ -261,6 +261,15 @@ func TestWorkloadIdentity(t *testing.T) {
 		t.Errorf("audit: %v %s", err, out)
 	}
 
+	for _, m := range w.Members {
+		if raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.PID())); err == nil {
+			for _, line := range strings.Split(string(raw), "\n") {
+				if strings.HasPrefix(line, "VmRSS") {
+					t.Logf("%s leads=%t %s", m.Name, m == w.Leader(w.ctx), line)
+				}
+			}
+		}
+	}
 	// Another leader goes on, and what is deleted is taken away.
 	first := w.Leader(w.ctx)
 	first.Kill()
