@@ -77,12 +77,24 @@ func (k *Kubernetes) advertised(pod, listen string) string {
 	return net.JoinHostPort(k.PodHost(pod), port)
 }
 
+// Lengths are checked apart: an expression that counts is large in memory, and agents link this package.
 var (
-	clusterName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$`) // as identity.CheckKubeCluster wants it
-	kubeName    = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
-	kubeAccount = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)
-	ordinal     = regexp.MustCompile(`^(0|[1-9][0-9]{0,3})$`)
+	labelForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
+	nameForm  = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$`)
+	ordinal   = regexp.MustCompile(`^(0|[1-9][0-9]{0,3})$`)
 )
+
+// isClusterName is as identity.CheckKubeCluster wants it.
+func isClusterName(s string) bool { return len(s) <= 63 && nameForm.MatchString(s) }
+
+// isKubeLabel is the form of a namespace's name.
+func isKubeLabel(s string) bool { return len(s) <= 63 && labelForm.MatchString(s) }
+
+// isKubeAccount is namespace/name of a service account.
+func isKubeAccount(s string) bool {
+	namespace, name, ok := strings.Cut(s, "/")
+	return ok && isKubeLabel(namespace) && len(name) <= 253 && nameForm.MatchString(name)
+}
 
 func (k *Kubernetes) check(f *faults, name, joinTokenFile string) {
 	if k.Cluster == "" {
@@ -91,14 +103,14 @@ func (k *Kubernetes) check(f *faults, name, joinTokenFile string) {
 		}
 		return
 	}
-	if !clusterName.MatchString(k.Cluster) {
+	if !isClusterName(k.Cluster) {
 		f.add("kubernetes.cluster %q: want lower-case letters, digits, - and .", k.Cluster)
 	}
 	if k.Kubeconfig != "in-cluster" && !filepath.IsAbs(k.Kubeconfig) {
 		f.add("kubernetes.kubeconfig %q: want in-cluster or an absolute path", k.Kubeconfig)
 	}
 	for _, a := range k.AgentAccounts {
-		if !kubeAccount.MatchString(a) {
+		if !isKubeAccount(a) {
 			f.add("kubernetes.agent_accounts: %q: want namespace/name", a)
 		}
 	}
@@ -109,10 +121,10 @@ func (k *Kubernetes) check(f *faults, name, joinTokenFile string) {
 	switch {
 	case k.Namespace == "":
 		f.add("kubernetes.namespace is missing, and there is no %s to take it from: name the members' namespace", namespaceFile)
-	case !kubeName.MatchString(k.Namespace):
+	case !isKubeLabel(k.Namespace):
 		f.add("kubernetes.namespace %q does not have the form of one", k.Namespace)
 	}
-	if !kubeName.MatchString(k.StatefulSet) {
+	if !isKubeLabel(k.StatefulSet) {
 		f.add("kubernetes.stateful_set %q does not have the form of one", k.StatefulSet)
 	} else if n, ok := strings.CutPrefix(name, k.StatefulSet+"-"); !ok || !ordinal.MatchString(n) {
 		f.add("name %q: with kubernetes.stateful_set it is the pod's: %s-0 and so on; leave name out in the pod", name, k.StatefulSet)
@@ -132,7 +144,7 @@ func (b *Bundle) check(f *faults, k *Kubernetes) {
 		f.add("kubernetes.bundle.config_map %q: with kubernetes.stateful_set it is %s, by which members and agents find the cluster", b.ConfigMap, bundleName)
 	case b.ConfigMap == BundleOff && b.Namespaces != "":
 		f.add("kubernetes.bundle.namespaces: there is no ConfigMap for them: leave it out, or kubernetes.bundle.config_map")
-	case b.ConfigMap != BundleOff && !clusterName.MatchString(b.ConfigMap):
+	case b.ConfigMap != BundleOff && !isClusterName(b.ConfigMap):
 		f.add("kubernetes.bundle.config_map %q does not have the form of a name", b.ConfigMap)
 	case b.ConfigMap != BundleOff && k.Namespace == "" && !k.Forms():
 		f.add("kubernetes.namespace is missing, and there is no %s to take it from: name the namespace that is to have ConfigMap %s", namespaceFile, b.ConfigMap)

@@ -116,11 +116,24 @@ func sample(t Template) []Selector {
 	return SortSelectors(sel)
 }
 
-var dnsName = regexp.MustCompile(`^(\*\.)?([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\.)*[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+// Lengths are checked apart from this and other forms here: an expression that counts is large in memory, and agents link this package.
+var dnsName = regexp.MustCompile(`^(\*\.)?([a-z0-9]([-a-z0-9]*[a-z0-9])?\.)*[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
+
+func isDNSName(s string) bool {
+	if len(s) > 253 || !dnsName.MatchString(s) {
+		return false
+	}
+	for label := range strings.SplitSeq(s, ".") {
+		if len(label) > 63 {
+			return false
+		}
+	}
+	return true
+}
 
 // ParseDNSName accepts a lower-case DNS name of at most 253 bytes, with at the most one leading wildcard label.
 func ParseDNSName(s string) error {
-	if len(s) > 253 || !dnsName.MatchString(s) {
+	if !isDNSName(s) {
 		return fmt.Errorf("%w: DNS name %q: want lower-case labels of letters, digits and hyphens, such as web.prod.svc", ErrInvalid, s)
 	}
 	return nil
@@ -138,7 +151,9 @@ func checkDNSTemplate(s string) error {
 	return ParseDNSName(name)
 }
 
-var kubeName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$`)
+var kubeName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$`)
+
+func isKubeName(s string) bool { return len(s) <= 63 && kubeName.MatchString(s) }
 
 // CheckKubeCluster reports every fault of a kube cluster's registration, joined.
 func CheckKubeCluster(td spiffeid.TrustDomain, k *KubeCluster) error {
@@ -146,7 +161,7 @@ func CheckKubeCluster(td spiffeid.TrustDomain, k *KubeCluster) error {
 	bad := func(format string, args ...any) {
 		errs = append(errs, fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, args...)...))
 	}
-	if !kubeName.MatchString(k.Name) {
+	if !isKubeName(k.Name) {
 		bad("kube cluster name %q: want lower-case letters, digits, - and .", k.Name)
 	}
 	if k.Issuer == "" {

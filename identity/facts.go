@@ -33,10 +33,14 @@ func WithoutFacts(sel []Selector) []Selector {
 }
 
 var (
-	labelName   = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
+	labelName   = regexp.MustCompile(`^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$`)
 	labelPrefix = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
-	ownerKind   = regexp.MustCompile(`^[A-Z][A-Za-z0-9]{0,62}$`)
+	ownerKind   = regexp.MustCompile(`^[A-Z][A-Za-z0-9]*$`)
 )
+
+func isLabelName(s string) bool { return len(s) <= 63 && labelName.MatchString(s) }
+
+func isOwnerKind(s string) bool { return len(s) <= 63 && ownerKind.MatchString(s) }
 
 // ParseLabelKey accepts the key of a label as Kubernetes does: a name of at most 63 bytes, with or without a DNS name before it.
 func ParseLabelKey(s string) error {
@@ -44,7 +48,7 @@ func ParseLabelKey(s string) error {
 	if !ok {
 		prefix, name = "", s
 	}
-	if ok && (len(prefix) > 253 || !labelPrefix.MatchString(prefix)) || !labelName.MatchString(name) {
+	if ok && (len(prefix) > 253 || !labelPrefix.MatchString(prefix)) || !isLabelName(name) {
 		return fmt.Errorf("%w: label key %q: want a name such as app, or with a domain before it, app.kubernetes.io/name", ErrInvalid, s)
 	}
 	return nil
@@ -52,7 +56,7 @@ func ParseLabelKey(s string) error {
 
 // ParseLabelValue accepts the value of a label as Kubernetes does; it may be empty.
 func ParseLabelValue(s string) error {
-	if s != "" && !labelName.MatchString(s) {
+	if s != "" && !isLabelName(s) {
 		return fmt.Errorf("%w: label value %q: want at the most 63 letters, digits, '-', '_' and '.', beginning and ending with a letter or a digit", ErrInvalid, s)
 	}
 	return nil
@@ -74,7 +78,7 @@ func checkFact(name, value string) error {
 		return ParseLabelValue(v)
 	case SelectorPodOwner:
 		kind, n, _ := strings.Cut(value, ":")
-		if !ownerKind.MatchString(kind) || len(n) > 253 || !labelPrefix.MatchString(n) {
+		if !isOwnerKind(kind) || len(n) > 253 || !labelPrefix.MatchString(n) {
 			return fmt.Errorf("%w: want %s:KIND:NAME, such as %s:Deployment:web", ErrInvalid, name, name)
 		}
 	}

@@ -68,12 +68,12 @@ func X509PopAgent(td spiffeid.TrustDomain, cluster, cn, fingerprint string, now 
 	return record(td, KindX509Pop, cluster, kubeNode, cn, now, segmentX509Pop, fingerprint)
 }
 
-var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`) // and at the most 63 bytes: to count them here costs agents memory
 
 // NodeNameFromCN is the node that a certificate's common name names: the common name itself if it is one
 // lower-case DNS label (RFC 1123, at the most 63 bytes), else empty.
 func NodeNameFromCN(cn string) string {
-	if !dnsLabel.MatchString(cn) {
+	if len(cn) > 63 || !dnsLabel.MatchString(cn) {
 		return ""
 	}
 	return cn
