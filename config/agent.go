@@ -17,7 +17,7 @@ type Agent struct {
 	Attest   AgentAttest   `yaml:"attest"`
 	Socket   string        `yaml:"socket"`    // the Workload API
 	StateDir string        `yaml:"state_dir"` // keeps live SVIDs over a restart; it must be on tmpfs; "none" switches it off
-	Health   string        `yaml:"health"`    // host:port of /live and /ready, plain HTTP
+	Health   string        `yaml:"health"`    // host:port of /live, /ready and /metrics, plain HTTP
 	KeyType  string        `yaml:"key_type"`  // of workloads' keys: ec-p256, ec-p384, ed25519 or rsa-2048
 	Workload AgentWorkload `yaml:"workload"`
 	CSI      *AgentCSI     `yaml:"csi"`

@@ -23,7 +23,7 @@ type Server struct {
 	Listen      string `yaml:"listen"`       // the one TLS port for members, agents and agentless pods
 	Advertise   string `yaml:"advertise"`    // host:port by which the others reach it
 	AdminSocket string `yaml:"admin_socket"` // for operators on this machine: root and the member's own user
-	Health      string `yaml:"health"`       // host:port of /live and /ready, plain HTTP
+	Health      string `yaml:"health"`       // host:port of /live, /ready and /metrics, plain HTTP
 	// a file with the output of "countersign token create --server"; without it, and without data, the member begins a new cluster
 	JoinTokenFile string        `yaml:"join_token_file"`
 	X509TTL       time.Duration `yaml:"x509_ttl"`      // lifetime of X.509-SVIDs whose entry names none, 5s to 24h

@@ -43,7 +43,7 @@ the container. Each flag can be set by an environment variable: --bundle-file by
 	f.StringVar(&c.CAPin, "ca-pin", "", "in place of --bundle-file: sha256:HEX of the CA's public key (countersign bundle show)")
 	f.StringVar(&c.TokenPath, "token-path", config.DefaultTokenPath, "this pod's projected service account token")
 	f.StringVar(&c.Socket, "socket", defaultSidecarSocket, "the Workload API socket")
-	f.StringVar(&c.Health, "health", "127.0.0.1:8081", "host:port of /live and /ready, plain HTTP")
+	f.StringVar(&c.Health, "health", "127.0.0.1:8081", "host:port of /live, /ready and /metrics, plain HTTP")
 	f.StringVar(&c.KeyType, "key-type", "ec-p256", "of the pod's keys: ec-p256, ec-p384, ed25519 or rsa-2048")
 	f.StringVar(&level, "log", "info", "debug, info, warn or error")
 	f.StringVar(&format, "log-format", "text", "text or json")
