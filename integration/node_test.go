@@ -68,12 +68,12 @@ func kubernetes(t *testing.T) (context.Context, *node.Node) {
 }
 
 func startNode() (n *node.Node, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
-	defer cancel()
 	programs, err := static()
 	if err != nil {
 		return nil, err
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	defer cancel()
 	dir, err := os.MkdirTemp("", "cs-n-")
 	if err != nil {
 		return nil, err

@@ -36,12 +36,12 @@ var sharedStage = sync.OnceValues(func() (*stage, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
-	defer cancel()
 	programs, err := static()
 	if err != nil {
 		return nil, err
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	defer cancel()
 	s := &stage{n: n, installed: node.Installation{
 		Countersign: filepath.Join(bin, "countersign"), Programs: programs, TrustDomain: kubeDomain, Members: members,
 		// Lives are short, so that tests see many of them.
