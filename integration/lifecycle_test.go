@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -67,6 +68,20 @@ func (p *play) show(token string) (string, error) {
 	return p.n.Run(p.ctx, "", argv...)
 }
 
+// accepted waits until the members accept a token, as they must unless they cannot tell.
+func (p *play) accepted(token string) {
+	p.t.Helper()
+	for last := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		out, err := p.show(token)
+		if err == nil {
+			return
+		}
+		if !strings.Contains(err.Error(), "unavailable") || time.Now().After(last) {
+			p.t.Fatalf("the token of a living pod: %s %v", out, err)
+		}
+	}
+}
+
 // refused waits until a token is refused for good.
 func (p *play) refused(token, says string) {
 	p.t.Helper()
@@ -115,9 +130,7 @@ func TestStagePodsEnd(t *testing.T) {
 			r := p.follow("web", "web", "  terminationGracePeriodSeconds: 4\n")
 			r.identity()
 			token := p.token(r.pod)
-			if out, err := p.show(token); err != nil {
-				t.Fatalf("the token of a living pod: %s %v", out, err)
-			}
+			p.accepted(token)
 			began := time.Now()
 			c.end(p, r.pod)
 			if err := p.n.WaitGone(p.ctx, p.pods(), "web"); err != nil {
@@ -139,18 +152,22 @@ func TestStagePodsEnd(t *testing.T) {
 		p.refused(token, "is gone")
 		t.Logf("its token refused after %v; its stream saw %v", since(began), r.errors())
 	})
-	for _, c := range []struct{ name, spec, after, phase string }{
-		{"completed", "  restartPolicy: Never\n", "3s", "Succeeded"},
-		{"failed", "  restartPolicy: Never\n  activeDeadlineSeconds: 3\n", "10m", "Failed"},
+	for _, c := range []struct {
+		name, phase string
+		by          syscall.Signal
+	}{
+		{"completed", "Succeeded", syscall.SIGUSR1},
+		{"failed", "Failed", syscall.SIGKILL},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			p := onStage(t)
 			p.account("job")
-			r := p.start("job", p.podManifest("job", "job", volume, volumeMounts, c.spec, "/pod", "follow", "", c.after))
+			r := p.follow("job", "job", "  restartPolicy: Never\n")
 			r.identity()
 			token := p.token(r.pod)
-			if out, err := p.show(token); err != nil {
-				t.Fatalf("the token of a living pod: %s %v", out, err)
+			p.accepted(token)
+			if err := p.n.Signal(p.ctx, p.get("job"), "main", c.by); err != nil {
+				t.Fatal(err)
 			}
 			if err := node.WaitFor(p.ctx, p.n, p.pods(), "job", "it ends", func(o *corev1.Pod) bool { return string(o.Status.Phase) == c.phase }); err != nil {
 				t.Fatal(err)
@@ -191,7 +208,7 @@ func TestStageAgentRestarts(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, began := len(r.seen()), time.Now()
-	if err := p.n.Kill(p.ctx, &agents[0], "countersign-agent"); err != nil {
+	if err := p.n.Signal(p.ctx, &agents[0], "countersign-agent", syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	g := r.until("an SVID by the agent that follows", before, func(g glimpse) bool { return g.Event == "svid" })

@@ -13,7 +13,9 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -423,11 +425,11 @@ func (n *Node) Exec(ctx context.Context, ns, pod, container string, argv ...stri
 	return n.ctr(ctx, append([]string{"tasks", "exec", "--exec-id", hex.EncodeToString(id), c}, argv...)...)
 }
 
-// Kill ends a container's processes at once; the kubelet starts it again.
-func (n *Node) Kill(ctx context.Context, p *corev1.Pod, container string) error {
+// Signal sends a signal to a container's processes; one that ends by it is started again by the kubelet, where its pod says so.
+func (n *Node) Signal(ctx context.Context, p *corev1.Pod, container string, s syscall.Signal) error {
 	c, err := containerOf(p, container)
 	if err == nil {
-		_, err = n.ctr(ctx, "tasks", "kill", "--all", "--signal", "SIGKILL", c)
+		_, err = n.ctr(ctx, "tasks", "kill", "--all", "--signal", strconv.Itoa(int(s)), c)
 	}
 	return err
 }

@@ -40,20 +40,12 @@ func (follower) OnX509ContextUpdate(x *workloadapi.X509Context) {
 func (follower) OnX509ContextWatchError(err error) { seen{Event: "error", Error: err.Error()}.print() }
 
 // follow prints when it began and all that its stream sees, and does not end when it is asked to, so that the end of its identity
-// can be seen while it lives. With a duration it ends by itself then.
-func follow(socket, after string) error {
+// can be seen while it lives. It ends in order by SIGUSR1.
+func follow(socket string) error {
 	seen{Event: "start"}.print()
 	signal.Ignore(syscall.SIGTERM)
-	ctx := context.Background()
-	if after != "" {
-		d, err := time.ParseDuration(after)
-		if err != nil {
-			return err
-		}
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, d)
-		defer cancel()
-	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGUSR1)
+	defer stop()
 	if socket == "" {
 		socket = os.Getenv("SPIFFE_ENDPOINT_SOCKET")
 	}
