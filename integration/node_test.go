@@ -86,7 +86,7 @@ func startNode() (n *node.Node, err error) {
 		Dir: dir, Bin: kube, Debs: filepath.Join(kube, "debs"), Hold: filepath.Join(programs, "hold"), Pause: filepath.Join(programs, "pod"), Issuer: kubeIssuer,
 	})
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	nodes.Lock()
 	nodes.all = append(nodes.all, n)
