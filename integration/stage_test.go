@@ -45,7 +45,7 @@ var sharedStage = sync.OnceValues(func() (*stage, error) {
 	s := &stage{n: n, installed: node.Installation{
 		Countersign: filepath.Join(bin, "countersign"), Programs: programs, TrustDomain: kubeDomain, Members: members,
 		// Lives are short, so that tests see many of them.
-		Set: []string{"logFormat=text", "members.config={x509_ttl: 20s, max_staleness: 1m}"},
+		Set: []string{"logFormat=text", "members.config={x509_ttl: 20s, max_staleness: 1m}", "bundle.namespaces=countersign.io/bundle=true"},
 	}}
 	if err := n.Install(ctx, s.installed); err != nil {
 		return nil, s.explain(ctx, err)

@@ -22,6 +22,7 @@ type direct struct {
 	on        bool
 	servers   []string
 	pin       string
+	bundle    string
 	tokenPath string
 }
 
@@ -30,6 +31,8 @@ func (d *direct) flags(cmd *cobra.Command) {
 	f.BoolVar(&d.on, "direct", false, "agentless: ask a member, by this pod's own token")
 	f.StringSliceVar(&d.servers, "server", nil, "with --direct: a member, host:port (repeatable)")
 	f.StringVar(&d.pin, "ca-pin", "", "with --direct: sha256:HEX of the CA's public key (countersign bundle show)")
+	f.StringVar(&d.bundle, "bundle-file", "", "with --direct, instead of --ca-pin: file with the trust domain's X.509 authorities (PEM) or its bundle (SPIFFE JSON)")
+	cmd.MarkFlagsMutuallyExclusive("ca-pin", "bundle-file")
 	f.StringVar(&d.tokenPath, "token-path", config.DefaultTokenPath, "with --direct: this pod's service account token")
 }
 
@@ -38,7 +41,11 @@ func (d *direct) config() (agent.DirectConfig, error) {
 	if err != nil {
 		return agent.DirectConfig{}, fmt.Errorf("%w: reading the pod's token: %v", identity.ErrInvalid, err)
 	}
-	return agent.DirectConfig{Servers: d.servers, Pin: d.pin, Token: token}, nil
+	c := agent.DirectConfig{Servers: d.servers, Pin: d.pin, Token: token}
+	if d.bundle != "" {
+		c.Roots = func() ([][]byte, error) { return cli.ReadBundle(d.bundle) }
+	}
+	return c, nil
 }
 
 func (d *direct) x509(ctx context.Context) (*workloadapi.X509Context, error) {
