@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -135,7 +136,8 @@ func TestFaultReplace(t *testing.T) {
 		m := others[0]
 		r.stands[m.Name].down()
 		m.Kill()
-		change(t, filepath.Join(m.Dir, "data/raft/log.db"), half)
+		// Half of what is in it: bbolt makes its file grow in steps, and what is behind the last page is zeros.
+		change(t, filepath.Join(m.Dir, "data/raft/log.db"), func(b []byte) []byte { return half(bytes.TrimRight(b, "\x00")) })
 		if err := r.LaunchMember(m); err != nil {
 			t.Fatal(err)
 		}

@@ -107,7 +107,7 @@ func newFaultWorld(t *testing.T, limit time.Duration, serverYAML string, prepare
 	}
 	f.admin("kube", "add", "test", "--issuer", f.iss.URL, "--jwks-file", f.iss.JWKSFile)
 	f.createEntry("-s", "k8s:ns:shop", "--id", "spiffe://"+trustDomain+"/shop/{k8s:sa}")
-	f.createEntry(append(uidSelectors(), "--id", "spiffe://"+trustDomain+"/me", "--x509-ttl", "10s")...) // to be renewed on the way
+	f.createEntry(append(uidSelectors(), "--id", "spiffe://"+trustDomain+"/me", "--x509-ttl", "20s")...) // to be renewed on the way; half of it is more than a client waits before it connects again
 	f.agent = f.world.agent()
 	if f.client, err = f.NewClient(ctx, "test/node-1"); err != nil {
 		t.Fatal(err)
