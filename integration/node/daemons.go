@@ -56,7 +56,7 @@ state = "/run/containerd"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
       BinaryName = %[6]q
       SystemdCgroup = false
-`, n.path("cd"), n.path("c.sock"), PauseImage, n.conf.deb("lib/cni"), n.path("cni"), n.conf.deb("sbin/runc"))
+`, n.path("cd"), n.path("cri.sock"), PauseImage, n.conf.deb("lib/cni"), n.path("cni"), n.conf.deb("sbin/runc"))
 	network := fmt.Sprintf(`{"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": %q, "isGateway": true, "ipam": {
   "type": "host-local", "dataDir": %q, "ranges": [[{"subnet": %q, "rangeStart": "10.88.0.10"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
 `, Bridge, n.path("ipam"), subnet)
@@ -103,7 +103,7 @@ imageGCHighThresholdPercent: 100
 evictionHard: {nodefs.available: "0%%", nodefs.inodesFree: "0%%", imagefs.available: "0%%", memory.available: "50Mi"}
 syncFrequency: 10s
 nodeStatusUpdateFrequency: 2s
-`, n.group, n.path("c.sock"), pki, DNSService, n.path("podlogs"), KubeletDir)
+`, n.group, n.path("cri.sock"), pki, DNSService, n.path("podlogs"), KubeletDir)
 	if err := writeFile(n.path("kubelet.yaml"), config, 0o644); err != nil {
 		return err
 	}

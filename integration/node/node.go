@@ -311,7 +311,7 @@ spec:
 }
 
 func (n *Node) ctr(ctx context.Context, args ...string) (string, error) {
-	return n.Run(ctx, "", append([]string{n.conf.deb("bin/ctr"), "-a", n.path("c.sock"), "-n", "k8s.io"}, args...)...)
+	return n.Run(ctx, "", append([]string{n.conf.deb("bin/ctr"), "-a", n.path("cri.sock"), "-n", "k8s.io"}, args...)...)
 }
 
 var _ io.Closer = (*Node)(nil)
