@@ -94,6 +94,11 @@ func newKubeAPI(t *testing.T, flags ...string) *kubeAPI {
 
 // do is one call of the administrator's.
 func (k *kubeAPI) do(method, path string, in, out any) error {
+	return k.send(method, path, "application/json", in, out)
+}
+
+// send is do for a body of that type.
+func (k *kubeAPI) send(method, path, contentType string, in, out any) error {
 	body, err := json.Marshal(in)
 	if err != nil {
 		return err
@@ -102,7 +107,7 @@ func (k *kubeAPI) do(method, path string, in, out any) error {
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Content-Type", contentType)
 	res, err := k.http.Do(req)
 	if err != nil {
 		return err

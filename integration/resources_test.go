@@ -3,11 +3,8 @@
 package integration
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -86,24 +83,7 @@ func (k *kubeAPI) resource(plural, name string, spec object) error {
 
 // patch is a merge patch.
 func (k *kubeAPI) patch(path string, with any) error {
-	body, err := json.Marshal(with)
-	if err != nil {
-		return err
-	}
-	req, err := http.NewRequestWithContext(k.ctx, http.MethodPatch, k.url+path, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Content-Type", "application/merge-patch+json")
-	res, err := k.http.Do(req)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	if answer, _ := io.ReadAll(res.Body); res.StatusCode >= 300 {
-		return fmt.Errorf("%s: %s", res.Status, answer)
-	}
-	return nil
+	return k.send(http.MethodPatch, path, "application/merge-patch+json", with, nil)
 }
 
 func (w *world) becomes(k *kubeAPI, plural, name, status, reason string, says ...string) object {

@@ -64,16 +64,9 @@ func (s *Server) podRefused(id string) error {
 // its token again.
 func (s nodeService) Follow(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse]) error {
 	who := callOf(stream.Context())
-	if err := s.Ready(); err != nil {
-		return err
-	}
-	first, err := stream.Recv()
+	hello, err := s.hello(stream, "Follow")
 	if err != nil {
 		return err
-	}
-	hello := first.GetHello()
-	if hello == nil || len(hello.Version) > maxVersion {
-		return fmt.Errorf("%w: a Follow stream starts with Hello, with a version of at the most %d bytes", identity.ErrInvalid, maxVersion)
 	}
 	ctx, cancel := context.WithTimeout(stream.Context(), attestTime)
 	defer cancel()

@@ -21,20 +21,29 @@ const (
 	maxEntryID = 128
 )
 
+// hello is what a stream of that name begins with, on a member that can serve it.
+func (s *Server) hello(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse], name string) (*nodev1.Hello, error) {
+	if err := s.Ready(); err != nil {
+		return nil, err
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		return nil, err
+	}
+	hello := first.GetHello()
+	if hello == nil || len(hello.Version) > maxVersion {
+		return nil, fmt.Errorf("%w: a %s stream starts with Hello, with a version of at the most %d bytes", identity.ErrInvalid, name, maxVersion)
+	}
+	return hello, nil
+}
+
 // Sync is an agent's one stream. It ends when the agent is banned or evicted, when the SVID of its connection
 // expires, and when this member cannot issue: the agent is then better off at another.
 func (s nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse]) error {
 	who := callOf(stream.Context())
-	if err := s.Ready(); err != nil {
-		return err
-	}
-	first, err := stream.Recv()
+	hello, err := s.hello(stream, "Sync")
 	if err != nil {
 		return err
-	}
-	hello := first.GetHello()
-	if hello == nil || len(hello.Version) > maxVersion {
-		return fmt.Errorf("%w: a Sync stream starts with Hello, with a version of at the most %d bytes", identity.ErrInvalid, maxVersion)
 	}
 	sess, err := s.hub.open(who.agent.ID, hello.Version)
 	if err != nil {
