@@ -292,9 +292,7 @@ func TestStartOnFoldersThatAreNotRight(t *testing.T) {
 		"changed keyring": {stopped, func(t *testing.T, p *place) {
 			change(t, p.data("keyring"), func(b []byte) []byte {
 				i := bytes.Index(b, []byte(`"wrapped":"`)) + 20
-				if b[i]++; b[i] == 'Z'+1 || b[i] == 'z'+1 || b[i] == '9'+1 {
-					b[i] = 'A'
-				}
+				b[i] = map[bool]byte{true: 'B', false: 'A'}[b[i] == 'A'] // still base64
 				return b
 			})
 		}, "", exitFailure, []string{"/keyring", "does not open it"}},
