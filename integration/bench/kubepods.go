@@ -64,23 +64,35 @@ func (b *bench) measureKubePods(ctx context.Context, kube string, r *result) err
 		return err
 	}
 	count := b.n(200, 20)
-	for _, c := range []struct{ name, what, attributes string }{
-		{"KubePods", "", `{}`},
-		{"KubePodsNoWait", ", where it need not be there at the start", `{wait: "false"}`},
+	var alone spread // the same pods without the product
+	for _, c := range []struct {
+		name, what string
+		burst      node.Burst
+	}{
+		{"KubePodsAlone", "the same pods without the product", node.Burst{Alone: true}},
+		{"KubePods", "the SVID is there before the program", node.Burst{Attributes: `{}`}},
+		{"KubePodsNoWait", "where it need not be there at the start", node.Burst{Attributes: `{wait: "false"}`}},
 	} {
+		c.burst.Namespace, c.burst.Count, c.burst.Image = "burst", count, app
 		began := time.Now()
-		took, err := n.Burst(ctx, node.Burst{Namespace: "burst", Count: count, Image: app, Attributes: c.attributes})
+		took, err := n.Burst(ctx, c.burst)
 		if err != nil {
 			return err
 		}
-		var samples []float64
+		var ran, asked []float64
 		for _, d := range took {
-			samples = append(samples, ms(d))
+			ran, asked = append(ran, ms(d.Began)), append(asked, ms(d.Asked))
 		}
-		p := spreadOf(samples)
-		b.sample(c.name, count, p.p50, "p50-ms", p.p99, "p99-ms", p.max, "max-ms")
-		r.add(check{got: p.p99, bar: 250, moonshot: 50}, "p50 %.0f ms, p99 %.0f ms%s", p.p50, p.p99, c.what)
-		r.note("fastest %.1f ms, slowest %.0f ms of %d pods%s; all had come and gone after %.0f s", p.min, p.max, count, c.what, time.Since(began).Seconds())
+		p, whole := spreadOf(ran), spreadOf(asked)
+		b.sample(c.name, count, p.p50, "p50-ms", p.p99, "p99-ms", p.max, "max-ms", whole.p50, "asked-p50-ms", whole.p99, "asked-p99-ms")
+		r.note("%s: program's start to first SVID p50 %.0f ms, p99 %.0f ms (fastest %.1f, slowest %.0f, of %d pods); from the request for all of them p50 %.1f s, p99 %.1f s; all had come and gone after %.0f s",
+			c.what, p.p50, p.p99, p.min, p.max, count, whole.p50/1000, whole.p99/1000, time.Since(began).Seconds())
+		if c.burst.Alone {
+			alone = p
+			continue
+		}
+		r.add(check{got: p.p99 - alone.p99, bar: 250, moonshot: 50}, "%s: p50 %.0f ms, p99 %.0f ms, of which %.0f and %.0f without the product",
+			c.what, p.p50, p.p99, alone.p50, alone.p99)
 	}
 	return nil
 }

@@ -18,10 +18,23 @@ type Burst struct {
 	Count      int
 	Image      string // has the command pod (integration/pod), in its root
 	Attributes string // of the volumes, as a YAML map
+	// Alone has the same pods without the product: an empty volume, in which the program serves an SVID to itself. It is what the
+	// machine, the kubelet and the program take by themselves.
+	Alone bool
 }
 
-// Burst starts the pods and tells of each how long its program ran until it had its first SVID. Then it removes them.
-func (n *Node) Burst(ctx context.Context, b Burst) (took []time.Duration, err error) {
+// Took is how long one of them took.
+type Took struct {
+	Asked time.Duration // from the request for all of them until the program had its first SVID
+	Began time.Duration // from the program's start until then
+}
+
+// Burst starts the pods and tells of each how long it took to have its first SVID. Then it removes them.
+func (n *Node) Burst(ctx context.Context, b Burst) (took []Took, err error) {
+	command, volume := "follow", "csi: {driver: csi.countersign.io, readOnly: true, volumeAttributes: "+b.Attributes+"}"
+	if b.Alone {
+		command, volume = "alone", "emptyDir: {}"
+	}
 	manifest := fmt.Sprintf(`
 apiVersion: v1
 kind: Namespace
@@ -49,11 +62,12 @@ spec:
       - name: main
         image: %[3]s
         imagePullPolicy: Never
-        command: [/pod, follow, "unix:///run/countersign/agent.sock"]
+        command: [/pod, %[4]s, "unix:///run/countersign/agent.sock"]
         securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
-        volumeMounts: [{name: identity, mountPath: /run/countersign, readOnly: true}]
-      volumes: [{name: identity, csi: {driver: csi.countersign.io, readOnly: true, volumeAttributes: %[4]s}}]
-`, b.Namespace, b.Count, b.Image, b.Attributes)
+        volumeMounts: [{name: identity, mountPath: /run/countersign, readOnly: %[5]t}]
+      volumes: [{name: identity, %[6]s}]
+`, b.Namespace, b.Count, b.Image, command, !b.Alone, volume)
+	asked := time.Now()
 	if err := n.Apply(ctx, manifest); err != nil {
 		return nil, err
 	}
@@ -87,24 +101,23 @@ spec:
 		}
 	}
 	for i := range pods {
-		d, err := n.firstSVID(ctx, &pods[i])
+		start, had, err := n.firstSVID(ctx, &pods[i])
 		if err != nil {
 			return nil, err
 		}
-		took = append(took, d)
+		took = append(took, Took{Asked: had.Sub(asked), Began: had.Sub(start)})
 	}
 	return took, nil
 }
 
 // firstSVID reads what a pod has written of itself.
-func (n *Node) firstSVID(ctx context.Context, p *corev1.Pod) (took time.Duration, err error) {
+func (n *Node) firstSVID(ctx context.Context, p *corev1.Pod) (start, had time.Time, err error) {
 	out, err := n.Output(ctx, p, "main")
 	if err != nil {
-		return 0, err
+		return start, had, err
 	}
 	defer out.Close()
 	err = out.Wait(ctx, "the first SVID of "+p.Name, func(lines []string) bool {
-		var start time.Time
 		for _, l := range lines {
 			var seen struct {
 				Time  time.Time
@@ -117,11 +130,11 @@ func (n *Node) firstSVID(ctx context.Context, p *corev1.Pod) (took time.Duration
 			case "start":
 				start = seen.Time
 			case "svid":
-				took = seen.Time.Sub(start)
+				had = seen.Time
 				return true
 			}
 		}
 		return false
 	})
-	return took, err
+	return start, had, err
 }

@@ -4,6 +4,7 @@
 //	pod -cgroup DIR ... -root DIR -mount FROM:TO ... [-proc] -- PROGRAM ARGS
 //	pod connect SOCKET stay|exec|exit     (see caller.go)
 //	pod follow [SOCKET]                   (see follow.go)
+//	pod alone SOCKET                      follows an SVID of its own making (see alone.go)
 //	pod files FOLDER                      says what the SVID in svid.pem, key.pem and bundle.pem is, and of which mode the key is
 //	pod plant FOLDER                      tries to change a folder that is not its to change, and says what it could
 //	pod dial SOCKET                       tries to connect to a socket that is not its to use, and says whether it could
@@ -40,6 +41,8 @@ func main() {
 		<-end
 	case "follow":
 		err = follow(arg(2))
+	case "alone":
+		err = alone(arg(2))
 	case "files":
 		err = files(arg(2))
 	case "plant":
