@@ -92,6 +92,7 @@ type Log struct {
 	checked    time.Time
 	swept      time.Time
 	unsignable bool
+	text       []byte // of the last group, to be used again
 	timer      *time.Timer
 	complete   chan struct{}
 }
@@ -103,6 +104,7 @@ type span struct{ first, last uint64 }
 type call struct {
 	buf   []byte // the records' bodies, one after another
 	meta  []meta
+	one   [1]meta       // meta's array for the most frequent kind: of one record
 	done  chan struct{} // closed once it is settled; nil: nobody waits
 	err   error
 	ended bool
@@ -198,15 +200,14 @@ func (l *Log) Record(ctx context.Context, events ...Event) error {
 	}
 	t := time.NewTimer(l.cfg.Deadline)
 	defer t.Stop()
-	why := fmt.Sprintf("no sink had it within %v", l.cfg.Deadline)
 	select {
 	case <-c.done:
 		return c.err
 	case <-t.C:
+		return l.abandon(c, fmt.Sprintf("no sink had it within %v", l.cfg.Deadline))
 	case <-ctx.Done():
-		why = "the caller gave up"
+		return l.abandon(c, "the caller gave up")
 	}
-	return l.abandon(c, why)
 }
 
 func unrecorded(why any) error {
@@ -214,7 +215,10 @@ func unrecorded(why any) error {
 }
 
 func (l *Log) newCall(events []Event) *call {
-	c := &call{buf: make([]byte, 0, 640*len(events)), meta: make([]meta, 0, len(events))}
+	c := &call{buf: make([]byte, 0, 640*len(events))}
+	if c.meta = c.one[:0]; len(events) > 1 {
+		c.meta = make([]meta, 0, len(events))
+	}
 	for i := range events {
 		c.add(l, &events[i], nil)
 	}

@@ -194,6 +194,9 @@ func (l *Log) commit(calls []*call) bool {
 // maxPrefix is what put adds to a record, with the line's end.
 const maxPrefix = 128
 
+// maxKept bounds the text that the writer keeps between groups, in bytes.
+const maxKept = 128 << 10
+
 // put chains the records, makes them durable in the files and passes them on.
 func (l *Log) put(calls []*call) error {
 	size, n := 0, 0
@@ -201,8 +204,13 @@ func (l *Log) put(calls []*call) error {
 		size, n = size+len(c.buf)+len(c.meta)*maxPrefix, n+len(c.meta)
 	}
 	h := l.head
-	buf := make([]byte, 0, size)
-	lines := make([]Line, 0, n)
+	var buf []byte
+	var lines []Line
+	if len(l.outputs) > 0 { // they keep both
+		buf, lines = make([]byte, 0, size), make([]Line, 0, n)
+	} else {
+		buf = slices.Grow(l.text[:0], size)
+	}
 	for _, c := range calls {
 		from := 0
 		for _, m := range c.meta {
@@ -212,7 +220,9 @@ func (l *Log) put(calls []*call) error {
 			buf = append(buf, c.buf[from:m.end]...)
 			from = m.end
 			h.hash = sha256.Sum256(buf[start:])
-			lines = append(lines, Line{Time: m.time, Action: m.action, Outcome: m.outcome, Text: buf[start:]})
+			if lines != nil {
+				lines = append(lines, Line{Time: m.time, Action: m.action, Outcome: m.outcome, Text: buf[start:]})
+			}
 			buf = append(buf, '\n')
 		}
 	}
@@ -220,6 +230,9 @@ func (l *Log) put(calls []*call) error {
 		if err := l.append(buf); err != nil {
 			return err
 		}
+	}
+	if l.text = nil; lines == nil && cap(buf) <= maxKept {
+		l.text = buf
 	}
 	first := l.head.seq + 1
 	l.head, l.unsigned = h, l.unsigned+uint64(n)
