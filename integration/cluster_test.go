@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -18,6 +19,40 @@ import (
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/integration/cluster"
 )
+
+// clusterStatus is what cluster status says, whatever its exit code.
+type clusterStatus struct {
+	LeaderID         string `json:"leader_id"`
+	Level            int
+	FailureTolerance int `json:"failure_tolerance"`
+	Healthy          bool
+	Members          []clusterMember
+}
+
+type clusterMember struct {
+	ID, Address      string
+	Voter, Leader    bool
+	Healthy, Issuing bool
+	UnhealthyBecause string `json:"unhealthy_because"`
+	Version          string
+	Level            int
+	DiskFree         string `json:"disk_free"`
+}
+
+func clusterStatusOf(ctx context.Context, bin string, m *cluster.Member) (*clusterStatus, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), "cluster", "status", "-o", "json", "--socket", m.Socket)
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	s := &clusterStatus{}
+	if perr := json.Unmarshal(out, s); perr != nil {
+		return nil, fmt.Errorf("%w: %s", errors.Join(err, perr), errs.String())
+	}
+	if (err == nil) != s.Healthy {
+		return nil, fmt.Errorf("healthy is %t, and the command ends with %v: %s", s.Healthy, err, errs.String())
+	}
+	return s, nil
+}
 
 // care is a world whose members are looked after.
 type care struct{ *world }

@@ -342,3 +342,16 @@ func TestFaultsHealthBeforeReady(t *testing.T) {
 		t.Errorf("stopped: exit code %d", proc.Code())
 	}
 }
+
+// swap restarts a member with the binaries in a folder.
+func (f *faults) swap(t *testing.T, m *cluster.Member, bin string) {
+	t.Helper()
+	f.stand(m).down()
+	m.Stop()
+	if m.Code() != 0 {
+		t.Errorf("%s: exit code %d", m.Name, m.Code())
+	}
+	f.progress()
+	f.Bin = bin
+	f.restart(t, m)
+}

@@ -4,6 +4,7 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -44,7 +45,7 @@ func testMain(m *testing.M) int {
 	bin = dir
 	defer closeNodes()
 	// A child built with the race detector would sleep a second at its end.
-	if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
+	if err := errors.Join(os.Setenv("GORACE", "atexit_sleep_ms=0"), together()); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

@@ -26,6 +26,8 @@ var nodes struct {
 	all []*node.Node
 }
 
+func together() error { return nil } // a whole Kubernetes keeps the cores busy
+
 func closeNodes() {
 	nodes.Lock()
 	defer nodes.Unlock()

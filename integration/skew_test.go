@@ -1,8 +1,9 @@
+//go:build integration
+
 package integration
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -70,53 +71,6 @@ func buildFuture(t *testing.T) string {
 		t.Fatalf("building the future: %v: %s", err, msg)
 	}
 	return out
-}
-
-// clusterStatus is what cluster status says, whatever its exit code.
-type clusterStatus struct {
-	LeaderID         string `json:"leader_id"`
-	Level            int
-	FailureTolerance int `json:"failure_tolerance"`
-	Healthy          bool
-	Members          []clusterMember
-}
-
-type clusterMember struct {
-	ID, Address      string
-	Voter, Leader    bool
-	Healthy, Issuing bool
-	UnhealthyBecause string `json:"unhealthy_because"`
-	Version          string
-	Level            int
-	DiskFree         string `json:"disk_free"`
-}
-
-func clusterStatusOf(ctx context.Context, bin string, m *cluster.Member) (*clusterStatus, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(bin, "countersign"), "cluster", "status", "-o", "json", "--socket", m.Socket)
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
-	out, err := cmd.Output()
-	s := &clusterStatus{}
-	if perr := json.Unmarshal(out, s); perr != nil {
-		return nil, fmt.Errorf("%w: %s", errors.Join(err, perr), errs.String())
-	}
-	if (err == nil) != s.Healthy {
-		return nil, fmt.Errorf("healthy is %t, and the command ends with %v: %s", s.Healthy, err, errs.String())
-	}
-	return s, nil
-}
-
-// swap restarts a member with the binaries in a folder.
-func (f *faults) swap(t *testing.T, m *cluster.Member, bin string) {
-	t.Helper()
-	f.stand(m).down()
-	m.Stop()
-	if m.Code() != 0 {
-		t.Errorf("%s: exit code %d", m.Name, m.Code())
-	}
-	f.progress()
-	f.Bin = bin
-	f.restart(t, m)
 }
 
 // levelIs waits until a member of the version that bin has says so.
@@ -260,9 +214,6 @@ func TestSkew(t *testing.T) {
 		c.run(w.Members[1], 0, "cluster status", "level", "ca-1")
 	})
 	t.Run("snapshots between the two", func(t *testing.T) {
-		if testing.Short() || raceEnabled {
-			t.Skip("it takes twenty thousand writes, and a minute for each snapshot")
-		}
 		snapshots(t, old)
 	})
 	t.Run("to a release to come", func(t *testing.T) {
