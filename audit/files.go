@@ -82,9 +82,11 @@ type files struct {
 	lock             io.Closer
 
 	// The writer's.
-	f    disk
-	room int64 // bytes of the file, zeros and all
-	lost error // the file must be opened anew
+	f     disk
+	room  int64     // bytes of the file, zeros and all
+	ahead int       // how many zeros were written last
+	wrote time.Time // when
+	lost  error     // the file must be opened anew
 
 	mu    sync.Mutex
 	first uint64 // record in the current file, its name
@@ -291,8 +293,13 @@ func dataEnd(f *os.File) (int64, error) {
 	return 0, nil
 }
 
-// ahead is how many zeros are written at once. A group of a quarter of that pays for its own commit.
-const ahead = 256 << 10
+// ahead is how many zeros are written at once, at the least. Whoever waits for that waits for a commit of the file system's journal, some
+// milliseconds: while they are used up within a second, it is twice as many each time, up to mostAhead, so that it is one
+// record in thousands. A group of a quarter of ahead pays for its own commit.
+const (
+	ahead     = 256 << 10
+	mostAhead = 4 << 20
+)
 
 // append writes lines and makes them durable. On an error, none of them is part of the log.
 func (s *files) append(lines []byte) error {
@@ -321,7 +328,12 @@ func (s *files) append(lines []byte) error {
 
 // writeAhead is not to fail for want of room: the lines have theirs.
 func (s *files) writeAhead() error {
-	n, err := s.f.WriteAt(make([]byte, max(0, min(ahead, s.maxSize-s.room))), s.room)
+	now := time.Now()
+	if s.ahead = 2 * s.ahead; now.Sub(s.wrote) > time.Second {
+		s.ahead = ahead
+	}
+	s.ahead, s.wrote = min(s.ahead, mostAhead), now
+	n, err := s.f.WriteAt(make([]byte, max(0, min(int64(s.ahead), s.maxSize-s.room))), s.room)
 	s.room += int64(n)
 	if isFull(err) {
 		return nil

@@ -41,7 +41,7 @@ type Config struct {
 	// Sign signs a checkpoint (SHA-256 of what it is given) with the key of the first certificate of chain (DER). nil: there are no
 	// checkpoints. An error means: not now.
 	Sign              func([]byte) (sig []byte, chain [][]byte, err error)
-	CheckpointRecords uint64        // after so many records; default 1000
+	CheckpointRecords uint64        // after so many records, with the next ones or within a second; default 1000
 	CheckpointEvery   time.Duration // after so long, if there are any; default 1 minute
 
 	Now func() time.Time // of records; default time.Now

@@ -67,7 +67,7 @@ func (l *Log) opened() Event {
 // gatherBytes is worth its sync as it is.
 const (
 	gatherTime  = 500 * time.Microsecond // an idle process's timers are up to a millisecond late
-	gatherBytes = 16 << 10
+	gatherBytes = 32 << 10
 )
 
 // gather reports whether it waited in vain.
@@ -130,9 +130,6 @@ func (l *Log) drain() {
 		if !ok {
 			return
 		}
-		if l.unsigned >= l.cfg.CheckpointRecords {
-			l.checkpoint()
-		}
 	}
 }
 
@@ -176,17 +173,30 @@ func (l *Log) ownCall(e Event) *call {
 }
 
 // commit writes a group; it reports whether that is durable in the files. If it is not, the callers know, and the chain is as
-// it was.
+// it was. A checkpoint that is due goes with the group, before it, so that nobody waits for a sync of its own.
 func (l *Log) commit(calls []*call) bool {
 	size := 0
+	if l.unsigned >= l.cfg.CheckpointRecords {
+		size = MaxLine
+	}
 	for _, c := range calls {
 		size += len(c.buf) + len(c.meta)*maxPrefix
 	}
 	l.rotate(int64(size))
+	var signed *call
+	if l.unsigned >= l.cfg.CheckpointRecords {
+		if signed = l.signed(); signed != nil {
+			calls = append([]*call{signed}, calls...)
+		}
+	}
+	before := l.head.seq
 	if err := l.put(calls); err != nil {
 		l.broken(err, calls)
 		l.mend()
 		return false
+	}
+	if signed != nil {
+		l.unsigned = l.head.seq - before - 1
 	}
 	return true
 }
@@ -418,7 +428,7 @@ func (l *Log) tend() {
 	l.mend()
 	l.summarise(false)
 	now := time.Now()
-	if l.unsigned > 0 && now.Sub(l.checked) >= l.cfg.CheckpointEvery {
+	if l.unsigned >= l.cfg.CheckpointRecords || l.unsigned > 0 && now.Sub(l.checked) >= l.cfg.CheckpointEvery {
 		l.checkpoint()
 	}
 	if now.Sub(l.swept) >= time.Hour {
