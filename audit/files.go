@@ -295,7 +295,7 @@ func dataEnd(f *os.File) (int64, error) {
 
 // ahead is how many zeros are written at once, at the least. Whoever waits for that waits for a commit of the file system's journal, some
 // milliseconds: while they are used up within a second, it is twice as many each time, up to mostAhead, so that it is one
-// record in thousands. A group of a quarter of ahead pays for its own commit.
+// record in thousands. A group of more than a quarter of that pays for its own commit.
 const (
 	ahead     = 256 << 10
 	mostAhead = 4 << 20
@@ -309,9 +309,7 @@ func (s *files) append(lines []byte) error {
 	_, err := s.f.WriteAt(lines, s.size)
 	if end := s.size + int64(len(lines)); err == nil && end > s.room {
 		s.room = end
-		if len(lines) < ahead/4 {
-			err = s.writeAhead()
-		}
+		err = s.writeAhead(len(lines))
 	}
 	if err == nil {
 		err = s.f.Sync()
@@ -327,12 +325,14 @@ func (s *files) append(lines []byte) error {
 }
 
 // writeAhead is not to fail for want of room: the lines have theirs.
-func (s *files) writeAhead() error {
+func (s *files) writeAhead(group int) error {
 	now := time.Now()
 	if s.ahead = 2 * s.ahead; now.Sub(s.wrote) > time.Second {
 		s.ahead = ahead
 	}
-	s.ahead, s.wrote = min(s.ahead, mostAhead), now
+	if s.ahead, s.wrote = min(s.ahead, mostAhead), now; group > s.ahead/4 {
+		return nil
+	}
 	n, err := s.f.WriteAt(make([]byte, max(0, min(int64(s.ahead), s.maxSize-s.room))), s.room)
 	s.room += int64(n)
 	if isFull(err) {
