@@ -6,9 +6,6 @@ import (
 	"fmt"
 	"slices"
 
-	ctrl "sigs.k8s.io/controller-runtime"
-	"sigs.k8s.io/controller-runtime/pkg/client"
-
 	"google.golang.org/protobuf/proto"
 
 	"countersign.io/countersign/api"
@@ -18,35 +15,9 @@ import (
 )
 
 // clusters registers a kube cluster for each KubeCluster, under its name.
-type clusters struct {
-	writer
-	cfg *Config
-}
+type clusters struct{ cfg *Config }
 
 func (r *clusters) owner(name string) string { return "kubecluster/" + r.cfg.Cluster + "/" + name }
-
-// Reconcile is reconcile.Reconciler's.
-func (r *clusters) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
-	k := &v1alpha1.KubeCluster{}
-	if err := r.client.Get(ctx, req.NamespacedName, k); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
-	}
-	if !k.DeletionTimestamp.IsZero() {
-		if err := r.end(ctx, k); err != nil {
-			return ctrl.Result{}, err
-		}
-		return ctrl.Result{}, r.release(ctx, k)
-	}
-	if err := r.hold(ctx, k); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
-	}
-	before := k.DeepCopyObject().(client.Object)
-	err := r.put(ctx, k)
-	if serr := r.settle(ctx, k, before, &k.Status, err, "its pods' tokens are verified"); serr != nil {
-		return ctrl.Result{}, serr
-	}
-	return again(err, r.cfg.Resync)
-}
 
 // all returns the registered cluster of that name, nil if there is none, and the others.
 func (r *clusters) all(ctx context.Context, name string) (found *adminv1.KubeCluster, others []*adminv1.KubeCluster, err error) {
@@ -68,19 +39,23 @@ func (r *clusters) all(ctx context.Context, name string) (found *adminv1.KubeClu
 	}
 }
 
-func (r *clusters) end(ctx context.Context, k *v1alpha1.KubeCluster) error {
-	found, _, err := r.all(ctx, k.Name)
-	if err != nil || found == nil || found.ManagedBy != r.owner(k.Name) {
+func (r *clusters) end(ctx context.Context, name string) error {
+	found, _, err := r.all(ctx, name)
+	if err != nil || found == nil || found.ManagedBy != r.owner(name) {
 		return err
 	}
-	_, err = r.cfg.Admin.DeleteKubeCluster(ctx, &adminv1.NameRequest{Name: k.Name})
-	if err = api.FromStatus(err); errors.Is(err, identity.ErrNotFound) {
-		return nil
+	_, err = r.cfg.Admin.DeleteKubeCluster(ctx, &adminv1.NameRequest{Name: name})
+	if err = api.FromStatus(err); err != nil && !errors.Is(err, identity.ErrNotFound) {
+		return fmt.Errorf("deleting kube cluster %s: %w", name, err)
 	}
-	return err
+	return nil
 }
 
-func (r *clusters) put(ctx context.Context, k *v1alpha1.KubeCluster) error {
+func (r *clusters) put(ctx context.Context, k *v1alpha1.KubeCluster) (string, error) {
+	return "its pods' tokens are verified", r.register(ctx, k)
+}
+
+func (r *clusters) register(ctx context.Context, k *v1alpha1.KubeCluster) error {
 	s := &k.Spec
 	want := &adminv1.KubeCluster{
 		Name: k.Name, Issuer: s.Issuer, Audience: s.Audience, Jwks: []byte(s.JWKS), JwksUrl: s.JWKSURL, CaPem: []byte(s.CAPEM), Kubeconfig: s.Kubeconfig,

@@ -8,19 +8,23 @@ package controller
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/go-logr/logr"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	authzv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/leaderelection/resourcelock"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -69,7 +73,13 @@ type BundleConfig struct {
 	ClusterTrustBundle bool
 }
 
-const defaultResync = time.Minute
+const (
+	defaultResync = time.Minute
+	// releaseTime is how long what is under way may take before the Lease is given back. The process ends with Run.
+	releaseTime = 5 * time.Second
+	// leaseRenew is how long renewing the Lease is tried before this controller gives up; another takes over 15 s after it was renewed last.
+	leaseRenew = 10 * time.Second
+)
 
 func (c *Config) check() error {
 	switch {
@@ -99,7 +109,9 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	changes := newFeed(cfg.Watch)
 	if cfg.Resources {
-		err = addResources(ctx, mgr, &cfg, changes)
+		if err = checkKube(ctx, mgr.GetClient(), &cfg); err == nil {
+			err = addResources(ctx, mgr, &cfg, changes)
+		}
 	}
 	if err == nil && cfg.Bundle.Current != nil {
 		err = addBundle(ctx, mgr, &cfg, changes)
@@ -107,9 +119,19 @@ func Run(ctx context.Context, cfg Config) error {
 	if err == nil {
 		err = mgr.Add(changes)
 	}
+	if ctx.Err() != nil {
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("starting the controllers of kube cluster %q: %w", cfg.Cluster, err)
 	}
+	go func() {
+		select {
+		case <-mgr.Elected():
+			cfg.Log.Info("this controller works now", "kube_cluster", cfg.Cluster, "resources", cfg.Resources, "lease", cfg.LeaderElection)
+		case <-ctx.Done():
+		}
+	}()
 	if err := mgr.Start(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		return fmt.Errorf("running the controllers of kube cluster %q: %w", cfg.Cluster, err)
 	}
@@ -121,6 +143,8 @@ func Scheme() *runtime.Scheme {
 	s := runtime.NewScheme()
 	v1alpha1.AddToScheme(s)
 	_ = corev1.AddToScheme(s) // fails for types that are registered twice only
+	s.AddKnownTypes(authzv1.SchemeGroupVersion, &authzv1.SelfSubjectAccessReview{})
+	metav1.AddToGroupVersion(s, authzv1.SchemeGroupVersion)
 	metav1.AddToGroupVersion(s, corev1.SchemeGroupVersion)
 	return s
 }
@@ -138,9 +162,27 @@ func newManager(cfg *Config) (ctrl.Manager, error) {
 		Cache:                   cacheOptions(&cfg.Bundle),
 	}
 	if cfg.LeaderElection != "" {
-		opts.LeaderElection, opts.LeaderElectionID, opts.LeaderElectionNamespace = true, "countersign-controller", cfg.LeaderElection
+		lock, err := leaseLock(cfg)
+		if err != nil {
+			return nil, err
+		}
+		grace := releaseTime // then the Lease is given back, and the next one need not wait until it ends
+		opts.LeaderElection, opts.LeaderElectionResourceLockInterface = true, lock
+		renew := leaseRenew
+		opts.RenewDeadline = &renew
+		opts.LeaderElectionReleaseOnCancel, opts.GracefulShutdownTimeout = true, &grace
 	}
 	return ctrl.NewManager(cfg.REST, opts)
+}
+
+// leaseLock is the Lease of several controllers. It writes no events, for which the controller would need a right more.
+func leaseLock(cfg *Config) (resourcelock.Interface, error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return nil, fmt.Errorf("finding this host's name: %w", err)
+	}
+	who := resourcelock.ResourceLockConfig{Identity: host + "_" + rand.Text()}
+	return resourcelock.NewFromKubeconfig(resourcelock.LeasesResourceLock, cfg.LeaderElection, leaseName, who, rest.CopyConfig(cfg.REST), leaseRenew)
 }
 
 // cacheOptions keep ConfigMaps to the ones of our name, which is also all that the members may read.

@@ -10,8 +10,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	ctrl "sigs.k8s.io/controller-runtime"
-	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
@@ -19,41 +17,14 @@ import (
 	"countersign.io/countersign/identity"
 )
 
+// statusEvery is how often the refreshing of bundles is looked at, of which no change tells.
+const statusEvery = 15 * time.Second
+
 // federations makes a federation of each FederatedTrustDomain.
-type federations struct {
-	writer
-	cfg *Config
-}
+type federations struct{ cfg *Config }
 
 func (r *federations) owner(name string) string {
 	return "federatedtrustdomain/" + r.cfg.Cluster + "/" + name
-}
-
-// Reconcile is reconcile.Reconciler's.
-func (r *federations) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
-	f := &v1alpha1.FederatedTrustDomain{}
-	if err := r.client.Get(ctx, req.NamespacedName, f); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
-	}
-	if !f.DeletionTimestamp.IsZero() {
-		if err := r.end(ctx, f); err != nil {
-			return ctrl.Result{}, err
-		}
-		return ctrl.Result{}, r.release(ctx, f)
-	}
-	if err := r.hold(ctx, f); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
-	}
-	before := f.DeepCopyObject().(client.Object)
-	got, err := r.put(ctx, f)
-	if err == nil {
-		err = r.tell(f, got)
-	}
-	good := "identities of " + f.Spec.TrustDomain + " are verified"
-	if serr := r.settle(ctx, f, before, &f.Status.Status, err, good); serr != nil {
-		return ctrl.Result{}, serr
-	}
-	return again(err, r.cfg.Resync)
 }
 
 // find returns nil where there is none.
@@ -68,21 +39,35 @@ func (r *federations) find(ctx context.Context, td string) (*adminv1.FederationR
 	return got, nil
 }
 
-func (r *federations) end(ctx context.Context, f *v1alpha1.FederatedTrustDomain) error {
-	got, err := r.find(ctx, f.Spec.TrustDomain)
-	if err != nil || got == nil || got.ManagedBy != r.owner(f.Name) {
-		return err
+// end deletes what the resource made, whatever trust domain that was with.
+func (r *federations) end(ctx context.Context, name string) error {
+	res, err := r.cfg.Federation.ListFederations(ctx, &adminv1.Empty{})
+	if err != nil {
+		return fmt.Errorf("listing the federations: %w", api.FromStatus(err))
 	}
-	_, err = r.cfg.Federation.DeleteFederation(ctx, &adminv1.DeleteFederationRequest{TrustDomain: f.Spec.TrustDomain})
-	if err = api.FromStatus(err); errors.Is(err, identity.ErrNotFound) {
-		return nil
+	for _, f := range res.Federations {
+		if f.ManagedBy != r.owner(name) {
+			continue
+		}
+		_, err := r.cfg.Federation.DeleteFederation(ctx, &adminv1.DeleteFederationRequest{TrustDomain: f.TrustDomain})
+		if err = api.FromStatus(err); err != nil && !errors.Is(err, identity.ErrNotFound) {
+			return fmt.Errorf("deleting the federation with %s: %w", f.TrustDomain, err)
+		}
 	}
-	return err
+	return nil
 }
 
-// put makes the federation, or brings it to what is asked for. The bundle is pinned once for each initialBundle: what was fetched
+func (r *federations) put(ctx context.Context, f *v1alpha1.FederatedTrustDomain) (string, error) {
+	got, err := r.federate(ctx, f)
+	if err != nil {
+		return "", err
+	}
+	return "identities of " + f.Spec.TrustDomain + " are verified", r.tell(f, got)
+}
+
+// federate makes the federation, or brings it to what is asked for. The bundle is pinned once for each initialBundle: what was fetched
 // since is newer.
-func (r *federations) put(ctx context.Context, f *v1alpha1.FederatedTrustDomain) (*adminv1.FederationRelationship, error) {
+func (r *federations) federate(ctx context.Context, f *v1alpha1.FederatedTrustDomain) (*adminv1.FederationRelationship, error) {
 	s := &f.Spec
 	req := &adminv1.PutFederationRequest{
 		TrustDomain: s.TrustDomain, Url: s.BundleEndpointURL, Profile: s.Profile, EndpointId: s.EndpointSPIFFEID, ManagedBy: r.owner(f.Name),
@@ -135,12 +120,18 @@ func (r *federations) tell(f *v1alpha1.FederatedTrustDomain, got *adminv1.Federa
 	if st == nil {
 		return nil
 	}
-	if t := api.TimeFromWire(st.LastSuccess); !t.IsZero() {
-		at := metav1.NewTime(t.Truncate(time.Second))
+	last := api.TimeFromWire(st.LastSuccess)
+	// To the minute, so that a resource is not written each time that its partner is asked.
+	if have := f.Status.LastRefresh; !last.IsZero() && (have == nil || last.Sub(have.Time) >= time.Minute || last.Before(have.Time)) {
+		at := metav1.NewTime(last.Truncate(time.Second))
 		f.Status.LastRefresh = &at
 	}
 	if st.LastError != "" && st.Failures > 0 {
-		return fmt.Errorf("%w: its bundle could not be refreshed %d times in a row: %s", errStale, st.Failures, st.LastError)
+		since := ""
+		if !last.IsZero() {
+			since = " since " + last.UTC().Format(time.RFC3339)
+		}
+		return fmt.Errorf("%w: its bundle could not be refreshed%s: %s", errStale, since, st.LastError)
 	}
 	return nil
 }

@@ -13,7 +13,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
-	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"countersign.io/countersign/api"
@@ -24,8 +23,8 @@ import (
 
 // identities makes entries of WorkloadIdentities: one for each choice of labels, however many pods there are.
 type identities struct {
-	writer
 	cfg     *Config
+	client  client.Client
 	reader  client.Reader // of pods and namespaces, which are not kept
 	entries *mirror
 }
@@ -37,27 +36,17 @@ func (r *identities) owner(name string) string {
 // ours reports whether an entry is some WorkloadIdentity's of this cluster.
 func (r *identities) ours(owner string) bool { return strings.HasPrefix(owner, r.owner("")) }
 
-// Reconcile is reconcile.Reconciler's.
-func (r *identities) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
+func (r *identities) end(ctx context.Context, name string) error {
 	if err := r.entries.fresh(ctx); err != nil {
-		return ctrl.Result{}, err
+		return err
 	}
-	w := &v1alpha1.WorkloadIdentity{}
-	if err := r.client.Get(ctx, req.NamespacedName, w); client.IgnoreNotFound(err) != nil {
-		return ctrl.Result{}, err
-	} else if err != nil { // it went without its finalizer: by force, or it made nothing
-		return ctrl.Result{}, r.make(ctx, r.owner(req.Name), nil)
+	return r.make(ctx, r.owner(name), nil)
+}
+
+func (r *identities) put(ctx context.Context, w *v1alpha1.WorkloadIdentity) (string, error) {
+	if err := r.entries.fresh(ctx); err != nil {
+		return "", err
 	}
-	if !w.DeletionTimestamp.IsZero() {
-		if err := r.make(ctx, r.owner(w.Name), nil); err != nil {
-			return ctrl.Result{}, err
-		}
-		return ctrl.Result{}, r.release(ctx, w)
-	}
-	if err := r.hold(ctx, w); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
-	}
-	before := w.DeepCopyObject().(client.Object)
 	want, err := r.entriesOf(ctx, w)
 	switch reason, _ := outcome(err); {
 	case err == nil:
@@ -74,11 +63,7 @@ func (r *identities) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Resu
 			err = fmt.Errorf("%w: counting the pods: %v", identity.ErrUnavailable, err)
 		}
 	}
-	good := fmt.Sprintf("pods that match have %s, by %d entries", w.Spec.SPIFFEIDTemplate, len(w.Status.Entries))
-	if serr := r.settle(ctx, w, before, &w.Status.Status, err, good); serr != nil {
-		return ctrl.Result{}, serr
-	}
-	return again(err, r.cfg.Resync)
+	return fmt.Sprintf("pods that match have %s, by %d entries", w.Spec.SPIFFEIDTemplate, len(w.Status.Entries)), err
 }
 
 // entriesOf is what a resource asks for, once all was checked.
@@ -96,9 +81,12 @@ func (r *identities) entriesOf(ctx context.Context, w *v1alpha1.WorkloadIdentity
 	if err != nil {
 		return nil, err
 	}
-	own, others, err := r.shapes(ctx)
+	own, others, sees, err := r.shapes(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if !sees && slices.ContainsFunc(sets, asksLabels) {
+		return nil, fmt.Errorf("%w: the members cannot tell labels of this cluster's pods, and pods that could match would get no identity at all: kube cluster %s is registered without --kubeconfig (countersign kube add --replace --kubeconfig), or select namespaces by %s alone", identity.ErrPrecondition, r.cfg.Cluster, nameLabel)
 	}
 	pinned := pinnedTo(all)
 	if err := checkShape(w.Spec.SPIFFEIDTemplate, pinned, own, others); err != nil {
@@ -133,15 +121,26 @@ func (r *identities) entriesOf(ctx context.Context, w *v1alpha1.WorkloadIdentity
 	return out, r.conflict(ctx, w, own)
 }
 
-// shapes are the default IDs of this kube cluster's pods, and those of others'.
-func (r *identities) shapes(ctx context.Context) (own, others []string, err error) {
+// asksLabels reports whether somebody has to be asked about a pod's or a namespace's labels.
+func asksLabels(set []identity.Selector) bool {
+	return slices.ContainsFunc(set, func(s identity.Selector) bool {
+		return slices.Contains([]string{identity.SelectorPodLabel, identity.SelectorPodLabelKey, identity.SelectorNSLabel, identity.SelectorNSLabelKey}, s.Name())
+	})
+}
+
+// shapes are the default IDs of this kube cluster's pods, and those of others'. sees says whether the members see this one's pods.
+func (r *identities) shapes(ctx context.Context) (own, others []string, sees bool, err error) {
 	own = []string{identity.DefaultKubeID}
+	known := false
 	for page := (&adminv1.ListRequest{PageSize: 1000}); ; {
 		res, err := r.cfg.Admin.ListKubeClusters(ctx, page)
 		if err != nil {
-			return nil, nil, fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err))
+			return nil, nil, false, fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err))
 		}
 		for _, k := range res.KubeClusters {
+			if k.Name == r.cfg.Cluster {
+				known, sees = true, k.Kubeconfig != ""
+			}
 			switch {
 			case k.DefaultId == "":
 			case k.Name == r.cfg.Cluster:
@@ -150,9 +149,13 @@ func (r *identities) shapes(ctx context.Context) (own, others []string, err erro
 				others = append(others, k.DefaultId)
 			}
 		}
-		if page.PageToken = res.NextPageToken; page.PageToken == "" {
-			return own, others, nil
+		if page.PageToken = res.NextPageToken; page.PageToken != "" {
+			continue
 		}
+		if !known {
+			return nil, nil, false, fmt.Errorf("%w: kube cluster %s, whose resource this is, is not registered (countersign kube add)", identity.ErrPrecondition, r.cfg.Cluster)
+		}
+		return own, others, sees, nil
 	}
 }
 

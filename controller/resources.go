@@ -19,8 +19,7 @@ import (
 
 // addResources adds the controllers of the custom resources.
 func addResources(ctx context.Context, mgr ctrl.Manager, cfg *Config, changes *feed) error {
-	w := writer{client: mgr.GetClient(), events: mgr.GetEventRecorder("countersign")}
-	ids := &identities{writer: w, cfg: cfg, reader: mgr.GetAPIReader(), entries: newMirror(cfg.Admin, cfg.Watch != nil, cfg.Resync/2)}
+	ids := &identities{cfg: cfg, client: mgr.GetClient(), reader: mgr.GetAPIReader(), entries: newMirror(cfg.Admin, cfg.Watch != nil, cfg.Resync/2)}
 	var idKick, fedKick, kubeKick kicker
 
 	// Any other resource of the kind may have been in conflict with the one that changed.
@@ -38,26 +37,21 @@ func addResources(ctx context.Context, mgr ctrl.Manager, cfg *Config, changes *f
 		return out
 	})
 	asked := builder.WithPredicates(specOnly()) // a status that we wrote ourselves asks for nothing
-	for _, c := range []struct {
-		name string
-		make func() error
-	}{
-		{"workloadidentity", func() error {
-			return ctrl.NewControllerManagedBy(mgr).Named("workloadidentity").For(&v1alpha1.WorkloadIdentity{}, asked).
-				Watches(&v1alpha1.WorkloadIdentity{}, everyIdentity, asked).WatchesRawSource(idKick.source()).Complete(ids)
-		}},
-		{"federatedtrustdomain", func() error {
-			return ctrl.NewControllerManagedBy(mgr).Named("federatedtrustdomain").For(&v1alpha1.FederatedTrustDomain{}, asked).
-				WatchesRawSource(fedKick.source()).Complete(&federations{writer: w, cfg: cfg})
-		}},
-		{"kubecluster", func() error {
-			return ctrl.NewControllerManagedBy(mgr).Named("kubecluster").For(&v1alpha1.KubeCluster{}, asked).
-				WatchesRawSource(kubeKick.source()).Complete(&clusters{writer: w, cfg: cfg})
-		}},
-	} {
-		if err := c.make(); err != nil {
-			return err
-		}
+	following := func(name string, obj client.Object, kick *kicker) *builder.Builder {
+		return ctrl.NewControllerManagedBy(mgr).Named(name).For(obj, asked).WatchesRawSource(kick.source()).WithOptions(options())
+	}
+	c, recorder := mgr.GetClient(), mgr.GetEventRecorder("countersign")
+	err := following("workloadidentity", &v1alpha1.WorkloadIdentity{}, &idKick).Watches(&v1alpha1.WorkloadIdentity{}, everyIdentity, asked).
+		Complete(followIdentities(c, recorder, cfg.Resync, ids))
+	if err == nil {
+		err = following("federatedtrustdomain", &v1alpha1.FederatedTrustDomain{}, &fedKick).
+			Complete(followFederations(c, recorder, min(cfg.Resync, statusEvery), &federations{cfg}))
+	}
+	if err == nil {
+		err = following("kubecluster", &v1alpha1.KubeCluster{}, &kubeKick).Complete(followClusters(c, recorder, cfg.Resync, &clusters{cfg}))
+	}
+	if err != nil {
+		return err
 	}
 	changes.on(func(all []identity.Change) {
 		owners, others := ids.entries.take(all)
