@@ -224,7 +224,7 @@ func (a *admin) reach(ctx context.Context, servers []string) (*link, error) {
 			continue
 		}
 		var once sync.Once
-		l := &link{where: server, remote: true, who: source.svid.ID.String(), unused: first}
+		l := &link{where: server, remote: true, who: source.svid.ID.String(), expires: source.svid.Certificates[0].NotAfter, unused: first}
 		l.conn, err = l.failed.dial("passthrough:///"+server, insecure.NewCredentials(), // TLS is the dialer's: gRPC wants a protocol name of its own
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
 			grpc.WithContextDialer(func(ctx context.Context, addr string) (c net.Conn, err error) {
@@ -267,8 +267,10 @@ type link struct {
 	where  string // its socket, or host:port
 	remote bool
 	who    string // one's own SPIFFE ID, where remote
-	failed requestID
-	unused net.Conn // until gRPC takes it
+	// expires is when the SVID ends that the connection was made with, where remote.
+	expires time.Time
+	failed  requestID
+	unused  net.Conn // until gRPC takes it
 }
 
 // Close hangs up.
