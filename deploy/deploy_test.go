@@ -73,7 +73,7 @@ func into[T any](t *testing.T, o object) T {
 	return out
 }
 
-func values(t *testing.T, text string) map[string]any {
+func values(t testing.TB, text string) map[string]any {
 	t.Helper()
 	v, err := deploy.ReadValues(strings.NewReader(text))
 	if err != nil {
@@ -217,6 +217,49 @@ func TestRights(t *testing.T) {
 	}
 }
 
+const elsewhere = "trustDomain: example.org\ncluster: edge\nmembers: {enabled: false}\nagent: {servers: ['ca-1.example.org:8443', 'ca-2.example.org:8443']}\ncontroller: {enabled: true}\n"
+
+// TestController: the controller of a cluster that the members do not live in has these rights and no other, keeps Pod Security's
+// "restricted", and knows who it is by the CSI volume. Members get none of its rights.
+func TestController(t *testing.T) {
+	got := render(t, deploy.Options{Namespace: "cs", AppVersion: "9.8.7", Values: values(t, elsewhere)})
+	want := []string{
+		"countersign.io workloadidentities,federatedtrustdomains,kubeclusters get,list,watch,patch",
+		"countersign.io workloadidentities/status,federatedtrustdomains/status,kubeclusters/status patch", "events.k8s.io events create,patch",
+		"core pods,namespaces list", "/.well-known/openid-configuration,/openid/v1/jwks get",
+	}
+	if rules := rulesOf(t, got["ClusterRole/countersign-controller"]); !slices.Equal(rules, want) {
+		t.Errorf("the controller may\n%s\nwant\n%s", strings.Join(rules, "\n"), strings.Join(want, "\n"))
+	}
+	want = []string{"coordination.k8s.io leases create", "coordination.k8s.io leases countersign-controller get,update"}
+	if rules := rulesOf(t, got["Role/countersign-controller"]); !slices.Equal(rules, want) || got["Role/countersign-controller"].Metadata.Namespace != "cs" {
+		t.Errorf("in its namespace the controller may %q, want %q", rules, want)
+	}
+	d := into[appsv1.Deployment](t, got["Deployment/countersign-controller"])
+	pod := d.Spec.Template.Spec
+	checkRestricted(t, pod)
+	if v := pod.Volumes; len(v) != 1 || v[0].CSI == nil || v[0].CSI.Driver != "csi.countersign.io" || pod.ServiceAccountName != "countersign-controller" {
+		t.Errorf("its volumes are %+v", v)
+	}
+	c := pod.Containers[0]
+	if args := []string{"controller", "run", "--cluster=edge", "--leader-election=cs", "--log-format=json"}; !slices.Equal(c.Args, args) || c.Image != "countersign.io/countersign:9.8.7" {
+		t.Errorf("it runs %v of %s, want %v", c.Args, c.Image, args)
+	}
+	if c.Env[0].Name != "COUNTERSIGN_MEMBER" || c.Env[0].Value != "ca-1.example.org:8443,ca-2.example.org:8443" {
+		t.Errorf("its environment is %+v", c.Env)
+	}
+	for id, o := range got {
+		if (o.Kind == "RoleBinding" || o.Kind == "ClusterRoleBinding") && into[rbacv1.ClusterRoleBinding](t, o).Subjects[0].Name != "countersign-controller" {
+			t.Errorf("%s gives rights to somebody else", id)
+		}
+	}
+	got = render(t, deploy.Options{Values: values(t, strings.Replace(elsewhere, "enabled: true}", "enabled: true, members: ['x:1'], spiffeID: 'spiffe://example.org/edge/controller', image: 'r/c:1', replicas: 1}", 1))})
+	c = into[appsv1.Deployment](t, got["Deployment/countersign-controller"]).Spec.Template.Spec.Containers[0]
+	if c.Env[0].Value != "x:1" || c.Image != "r/c:1" || !slices.Contains(c.Args, "--as=spiffe://example.org/edge/controller") {
+		t.Errorf("it runs %v of %s for %v", c.Args, c.Image, c.Env)
+	}
+}
+
 func rulesOf(t *testing.T, o object) (out []string) {
 	t.Helper()
 	for _, r := range into[rbacv1.ClusterRole](t, o).Rules {
@@ -301,6 +344,11 @@ func TestBadValues(t *testing.T) {
 		{"trustDomain: example.org\nmonitoring: {from: [{}]}", "monitoring.from.0"},
 		{"trustDomain: example.org\nmonitoring: {interval: often}", "monitoring.interval"},
 		{"trustDomain: example.org\nmonitoring: {labels: {app.kubernetes.io/name: x}}", "monitoring.labels"},
+		{"trustDomain: example.org\ncontroller: {enabled: true}", "members.enabled"},
+		{"trustDomain: example.org\nmembers: {enabled: false}\nagent: {enabled: false}\ncontroller: {enabled: true}", "servers"},
+		{"trustDomain: example.org\nmembers: {enabled: false}\nagent: {enabled: false}\ncontroller: {enabled: true, members: ['a b:1']}", "controller.members.0"},
+		{"trustDomain: example.org\ncontroller: {spiffeID: 'x, --kubeconfig=y'}", "controller.spiffeID"},
+		{"trustDomain: example.org\ncontroller: {replicas: 0}", "controller.replicas"},
 		{"trustDomain: example.org\nresources: null", ""},
 	} {
 		_, err := deploy.Render(deploy.Options{Values: values(t, c.values)})
@@ -362,7 +410,7 @@ func TestSchemaIsWhole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	free := []string{"members.config", "agent.config", "members.nodeSelector", "members.annotations", "agent.nodeSelector", "agent.annotations", "monitoring.labels", "global"}
+	free := []string{"members.config", "agent.config", "members.nodeSelector", "members.annotations", "controller.nodeSelector", "controller.annotations", "agent.nodeSelector", "agent.annotations", "monitoring.labels", "global"}
 	var walk func(path string, schema, values map[string]any)
 	walk = func(path string, schema, values map[string]any) {
 		if schema["additionalProperties"] != false {
@@ -421,11 +469,24 @@ func FuzzValues(f *testing.F) {
 		}
 		f.Add(string(raw))
 	}
+	for _, key := range []string{"cluster", "controller.members", "controller.spiffeID", "controller.image", "logFormat"} {
+		v, err := deploy.Set(values(f, elsewhere), fmt.Sprintf("%s=%q", key, evil))
+		if err != nil {
+			f.Fatal(err)
+		}
+		raw, err := yaml.Marshal(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(raw))
+	}
 	known := []string{
 		"CSIDriver/csi.countersign.io", "ClusterRole/countersign-members", "ClusterRoleBinding/countersign-members", "ConfigMap/countersign",
 		"ConfigMap/countersign-agent", "DaemonSet/countersign-agent", "NetworkPolicy/countersign", "NetworkPolicy/countersign-agent",
 		"PodDisruptionBudget/countersign", "Role/countersign-members", "RoleBinding/countersign-members", "Service/countersign",
 		"Service/countersign-members", "ServiceAccount/countersign", "ServiceAccount/countersign-agent", "StatefulSet/countersign",
+		"ServiceAccount/countersign-controller", "ClusterRole/countersign-controller", "ClusterRoleBinding/countersign-controller",
+		"Role/countersign-controller", "RoleBinding/countersign-controller", "Deployment/countersign-controller", "NetworkPolicy/countersign-controller",
 	}
 	f.Fuzz(func(t *testing.T, text string) {
 		v, err := deploy.ReadValues(strings.NewReader(text))

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -50,6 +51,13 @@ networkPolicy: {clients: [{namespaceSelector: {matchLabels: {team: a}}}], extraI
 		"trustDomain: example.org\nagent: {csi: {enabled: false}, caPin: 'sha256:" + strings.Repeat("0a", 32) + "', tolerations: null}\nnetworkPolicy: {enabled: false}\n",
 		"trustDomain: example.org\nmembers: {image: 'r.example/m@sha256:" + strings.Repeat("0", 64) + "'}\nagent: {enabled: false}\nnetworkPolicy: {clients: []}\n",
 		"trustDomain: example.org\nmembers: {enabled: false}\nagent: {servers: ['ca.example.org:8443', '[::1]:8443']}\n",
+		"trustDomain: example.org\ncluster: edge\nmembers: {enabled: false}\nagent: {servers: ['ca.example.org:8443', '[::1]:8443']}\ncontroller: {enabled: true}\n",
+		`trustDomain: example.org
+members: {enabled: false}
+agent: {enabled: false}
+image: {tag: v1, pullSecrets: [one]}
+controller: {enabled: true, replicas: 3, members: ['ca.example.org:8443'], spiffeID: 'spiffe://example.org/edge/controller', image: r.example/c:v2, priorityClassName: system-cluster-critical, nodeSelector: {a: b}, tolerations: [{operator: Exists}], annotations: {c: d}}
+`,
 	}
 }
 
@@ -206,6 +214,9 @@ func TestChartAccepted(t *testing.T) {
 	k.apply("members alone", members)
 	k.apply("the pod of helm test", rendered(t, "trustDomain: example.org\n", deploy.Options{Namespace: "restricted", Test: true}))
 	k.apply("a member's pod", podOf(t, "StatefulSet", members))
+	far := rendered(t, "trustDomain: example.org\nmembers: {enabled: false}\nagent: {enabled: false}\ncontroller: {enabled: true, members: ['ca.example.org:8443']}\n", deploy.Options{Namespace: "restricted", KubeVersion: "1.37.2"})
+	k.apply("a controller alone", far)
+	k.apply("a controller's pod", podOf(t, "Deployment", far))
 
 	// And Pod Security does look: an agent's pod is refused there.
 	agent := rendered(t, "trustDomain: example.org\n", deploy.Options{Namespace: "restricted", KubeVersion: "1.37.2"})
@@ -304,4 +315,29 @@ func TestChartRights(t *testing.T) {
 	}
 	check("most", "countersign", false, never...)
 	check("most", "countersign-agent", false, never...)
+
+	// The controller of a cluster that the members do not live in has its own rights, which nobody else has.
+	leases := []right{
+		{"create", "coordination.k8s.io", "leases", "countersign", ""},
+		{"get", "coordination.k8s.io", "leases", "countersign", "countersign-controller"}, {"update", "coordination.k8s.io", "leases", "countersign", "countersign-controller"},
+	}
+	follows := []right{
+		{"watch", "countersign.io", "workloadidentities", "", ""}, {"patch", "countersign.io", "kubeclusters", "", "east"}, {"patch", "countersign.io", "federatedtrustdomains/status", "", "x"},
+		{"create", "events.k8s.io", "events", "default", ""}, {"list", "", "pods", "", ""}, {"list", "", "namespaces", "", ""},
+	}
+	notHis := []right{
+		{"create", "authentication.k8s.io", "tokenreviews", "", ""}, {"watch", "", "pods", "", ""}, {"get", "", "pods", "shop", "web"}, {"list", "apps", "replicasets", "", ""},
+		{"create", "", "configmaps", "countersign", ""}, {"get", "", "configmaps", "countersign", "countersign-bundle"},
+		{"create", "countersign.io", "workloadidentities", "", ""}, {"delete", "countersign.io", "workloadidentities", "", "web"}, {"update", "countersign.io", "kubeclusters", "", "east"},
+		{"get", "coordination.k8s.io", "leases", "countersign", "other"}, {"delete", "coordination.k8s.io", "leases", "countersign", "countersign-controller"},
+		{"create", "coordination.k8s.io", "leases", "kube-system", ""}, {"get", "coordination.k8s.io", "leases", "kube-system", "countersign-controller"}, {"create", "", "events", "countersign", ""},
+	}
+	check("most", "countersign", false, leases...)
+	check("most", "countersign-agent", false, leases...)
+	check("most", "countersign-controller", false, slices.Concat(leases, follows)...)
+	k.apply("elsewhere", rendered(t, "trustDomain: example.org\nmembers: {enabled: false}\nagent: {servers: ['ca.example.org:8443']}\ncontroller: {enabled: true}\n", deploy.Options{KubeVersion: "1.37.2"}))
+	check("elsewhere", "countersign-controller", true, slices.Concat(leases, follows)...)
+	check("elsewhere", "countersign-controller", false, slices.Concat(never, notHis)...)
+	check("elsewhere", "countersign", false, leases...)
+	check("elsewhere", "countersign-agent", false, slices.Concat(leases, follows, never)...)
 }
