@@ -201,6 +201,12 @@ func (k *kubeAPI) kubeconfig(account string, rules ...rbacv1.PolicyRule) string 
 		ObjectMeta: meta, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: account},
 		Subjects: []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: "default", Name: account}},
 	}, nil)
+	return k.login("default", account)
+}
+
+// login is a kubeconfig with a service account's token.
+func (k *kubeAPI) login(ns, account string) string {
+	k.t.Helper()
 	file := filepath.Join(k.dir, account+".kubeconfig")
 	if err := os.WriteFile(file, fmt.Appendf(nil, `apiVersion: v1
 kind: Config
@@ -208,7 +214,7 @@ current-context: it
 contexts: [{name: it, context: {cluster: it, user: it}}]
 clusters: [{name: it, cluster: {server: %q, certificate-authority: %q}}]
 users: [{name: it, user: {token: %q}}]
-`, k.url, filepath.Join(k.dir, "pki", "ca.crt"), k.request("default", account, "", nil)), 0o600); err != nil {
+`, k.url, filepath.Join(k.dir, "pki", "ca.crt"), k.request(ns, account, "", nil)), 0o600); err != nil {
 		k.t.Fatal(err)
 	}
 	return file
