@@ -298,6 +298,16 @@ func TestControllerRefused(t *testing.T) {
 	refused("no rights at all", 4, []string{"list workloadidentities.countersign.io", "patch kubeclusters/status"}, "--kubeconfig", role("nobody"))
 	refused("no kubeconfig", 2, []string{"none.kubeconfig"}, "--kubeconfig", filepath.Join(k.dir, "none.kubeconfig"))
 
+	k.must(http.MethodDelete, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/kubeclusters.countersign.io", nil, nil)
+	c.eventually("the API server has forgotten a kind", func() error {
+		if err := k.do(http.MethodGet, resourcesAPI+"kubeclusters", nil, nil); err == nil {
+			return errors.New("it is there")
+		}
+		return nil
+	})
+	refused("a kind that is not there", 1, []string{"does not know KubeCluster", "deploy/chart/crds"})
+	k.crd("kubeclusters")
+
 	// No member, and later one.
 	p, log := c.start("no member", "--timeout", "2s", "--member", "127.0.0.1:1")
 	c.works(log) // the others that it is told of

@@ -52,23 +52,27 @@ func (k *kubeAPI) crds() {
 		k.t.Fatal(files, err)
 	}
 	for _, f := range files {
-		raw, err := os.ReadFile(f)
-		if err != nil {
-			k.t.Fatal(err)
-		}
-		var crd object
-		if err := yaml.UnmarshalStrict(raw, &crd); err != nil {
-			k.t.Fatalf("%s: %v", f, err)
-		}
-		k.must(http.MethodPost, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", crd, nil)
+		k.crd(strings.TrimSuffix(filepath.Base(f), ".yaml"))
 	}
-	for _, plural := range []string{"workloadidentities", "federatedtrustdomains", "kubeclusters"} {
-		for limit := time.Now().Add(time.Minute); k.do(http.MethodGet, resourcesAPI+plural, nil, nil) != nil; {
-			if time.Now().After(limit) {
-				k.t.Fatalf("%s are not served", plural)
-			}
-			time.Sleep(100 * time.Millisecond)
+}
+
+// crd applies one, and waits until the API server has it.
+func (k *kubeAPI) crd(plural string) {
+	k.t.Helper()
+	raw, err := os.ReadFile("../deploy/chart/crds/" + plural + ".yaml")
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	var crd object
+	if err := yaml.UnmarshalStrict(raw, &crd); err != nil {
+		k.t.Fatalf("%s: %v", plural, err)
+	}
+	k.must(http.MethodPost, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", crd, nil)
+	for limit := time.Now().Add(time.Minute); k.do(http.MethodGet, resourcesAPI+plural, nil, nil) != nil; {
+		if time.Now().After(limit) {
+			k.t.Fatalf("%s are not served", plural)
 		}
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 
