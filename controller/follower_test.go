@@ -126,7 +126,9 @@ func TestFollower(t *testing.T) {
 				if _, err := w.follow(obj); err != nil {
 					t.Fatal(err)
 				}
+				w.member.fault = fmt.Errorf("%w: nobody is to be asked any more", identity.ErrUnavailable)
 			}
+			w.member.fault = nil
 			if !w.there(obj) || size() != before || w.member.changes != changes+1 || !slices.Equal(obj.GetFinalizers(), []string{"example.org/other"}) {
 				t.Errorf("finalizers %v, %d changes", obj.GetFinalizers(), w.member.changes-changes)
 			}
@@ -231,8 +233,12 @@ func TestIdentitiesConflict(t *testing.T) {
 	w.create(second)
 	w.settles(second, reasonConflict, "WorkloadIdentity a, which is older")
 	w.settles(first, reasonReady)
+	first.SetFinalizers(append(first.GetFinalizers(), "example.org/other")) // it stays while it goes
+	w.update(first)
 	w.delete(first)
-	w.lets(first)
+	if _, err := w.follow(first); err != nil || !w.there(first) {
+		t.Fatal("the older one is gone already", err)
+	}
 	w.settles(second, reasonReady)
 }
 
@@ -310,10 +316,14 @@ func TestFederations(t *testing.T) {
 		t.Fatalf("made %v, status %+v, pinned %d times", f(), obj.Status, w.fed.pinned)
 	}
 	// By hand: put back, with what was fetched since.
-	f().Url, f().Profile, f().Sequence = "https://evil.org", "https_web", 20
-	w.settles(obj, reasonReady)
-	if f().Url != obj.Spec.BundleEndpointURL || f().Profile != "https_spiffe" || w.fed.pinned != 1 || obj.Status.Sequence != 20 {
-		t.Errorf("after an edit by hand it is %v, pinned %d times", f(), w.fed.pinned)
+	for _, edit := range []func(){
+		func() { f().Url, f().Sequence = "https://evil.org", 20 }, func() { f().Profile = "https_web" }, func() { f().EndpointId = "spiffe://partner.org/evil" },
+	} {
+		edit()
+		w.settles(obj, reasonReady)
+		if f().Url != obj.Spec.BundleEndpointURL || f().Profile != "https_spiffe" || f().EndpointId != "spiffe://partner.org/e" || w.fed.pinned != 1 || obj.Status.Sequence != 20 {
+			t.Errorf("after an edit by hand it is %v, pinned %d times", f(), w.fed.pinned)
+		}
 	}
 	delete(w.fed.all, "partner.org")
 	w.settles(obj, reasonReady)
