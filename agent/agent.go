@@ -35,7 +35,8 @@ import (
 )
 
 const (
-	attemptTimeout    = 3 * time.Second        // to connect to one member and get its state
+	attemptTimeout    = 3 * time.Second        // to connect to one member and get its state: in the first round (see patience)
+	mostPatience      = 24 * time.Second       // for that, after some rounds in vain
 	stagger           = 250 * time.Millisecond // before the next member is tried beside one that does not answer
 	callTimeout       = 5 * time.Second        // one RPC
 	attestNodeTimeout = 30 * time.Second       // to attest this node at one member, which may wait for a leader

@@ -15,13 +15,13 @@ func (a *Agent) runLink(ctx context.Context) error {
 	for ctx.Err() == nil {
 		var err error
 		if !a.live() {
-			if err = a.attest(ctx); err != nil {
+			if err = a.attest(ctx, patience(rounds)); err != nil {
 				err = a.notAttested(err)
 			}
 		}
 		var s *session
 		if err == nil {
-			s, err = a.connect(ctx)
+			s, err = a.connect(ctx, patience(rounds))
 			if err != nil && ctx.Err() == nil {
 				err = a.notConnected(ctx, err, rounds)
 			}
@@ -92,7 +92,7 @@ func (a *Agent) notConnected(ctx context.Context, err error, rounds int) error {
 	if !refused(err) && !(a.cfg.Credential.reusable() && rounds%4 == 3) {
 		return err
 	}
-	again := a.attest(ctx)
+	again := a.attest(ctx, patience(rounds))
 	switch {
 	case again == nil:
 		return nil
@@ -149,7 +149,7 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 				continue
 			}
 		}
-		next, err := a.connect(ctx)
+		next, err := a.connect(ctx, attemptTimeout)
 		if err != nil {
 			timer.Reset(time.Second)
 			continue
@@ -190,6 +190,12 @@ func (a *Agent) adopt(s *session) error {
 	a.link.set(s, nil)
 	a.log.Info("connected to a member", "member", s.addr)
 	return nil
+}
+
+// patience is how long a member has to answer after so many rounds in vain. Where this node or the members have far too much to do, what
+// takes a moment else takes many seconds, and giving up and beginning anew would never come to an end.
+func patience(rounds int) time.Duration {
+	return min(mostPatience, attemptTimeout<<min(rounds, 10))
 }
 
 // backoff is how long to wait after so many rounds: at random up to a limit that doubles, so that agents do not come back

@@ -43,11 +43,24 @@ type link struct {
 	revision uint64               // of the last push
 	failed   map[string]time.Time // when a member last failed, by address
 	last     time.Time            // when the last session ended
+	hung     int                  // sessions in a row that ended because the member did not answer a probe
+	hungAt   time.Time            // the last of them
 }
 
 func (l *link) init() {
 	l.changed = make(chan struct{})
 	l.failed = map[string]time.Time{}
+}
+
+// probeTimeout is how long a member has to answer a probe. One or two members may hang; where one after the other does, it is this
+// node or all of them that have too much to do, and to change the member would make it more.
+func (l *link) probeTimeout() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if time.Since(l.hungAt) > blameFor {
+		l.hung = 0
+	}
+	return min(callTimeout, probeTimeout<<min(max(l.hung-1, 0), 10))
 }
 
 // blame notes that a member failed, so that the others come first for a while.
@@ -168,6 +181,9 @@ func (l *link) fail(s *session, err error) {
 	mine := l.sess == s
 	if mine {
 		l.sess, l.last = nil, time.Now()
+		if errors.Is(err, errHung) {
+			l.hung, l.hungAt = l.hung+1, l.last
+		}
 		close(l.changed)
 		l.changed = make(chan struct{})
 	}
@@ -234,20 +250,20 @@ func (a *Agent) addresses() []string {
 
 // connect opens a session with the first member that answers. A member that does not answer is not waited for: the next is
 // tried beside it, which is what keeps a failover under a second.
-func (a *Agent) connect(ctx context.Context) (*session, error) {
+func (a *Agent) connect(ctx context.Context, patience time.Duration) (*session, error) {
 	addrs := a.addresses()
 	type result struct {
 		s   *session
 		err error
 	}
 	results := make(chan result, len(addrs))
-	attempts, cancel := context.WithTimeout(ctx, attemptTimeout+time.Duration(len(addrs))*stagger)
+	attempts, cancel := context.WithTimeout(ctx, patience+time.Duration(len(addrs))*stagger)
 	next, pending := 0, 0
 	launch := func() {
 		addr := addrs[next]
 		next, pending = next+1, pending+1
 		go func() {
-			s, err := a.open(attempts, addr)
+			s, err := a.open(attempts, addr, patience)
 			if err != nil {
 				if attempts.Err() == nil {
 					a.link.blame(addr)

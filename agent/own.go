@@ -75,7 +75,7 @@ func (a *Agent) live() bool {
 
 // attest proves the node to one member after the other until one gives an SVID. The error is a definite refusal if any
 // member refused (wrapping identity.ErrDenied, ErrUnauthenticated, ErrPrecondition or ErrInvalid), else ErrUnavailable.
-func (a *Agent) attest(ctx context.Context) error {
+func (a *Agent) attest(ctx context.Context, patience time.Duration) error {
 	// The same key at every member: a repeated attestation is then recognisably the same one.
 	key, err := KeyP256.makePair()
 	if err != nil {
@@ -83,7 +83,7 @@ func (a *Agent) attest(ctx context.Context) error {
 	}
 	var errs []error
 	for _, addr := range a.addresses() {
-		err := a.attestAt(ctx, addr, key)
+		err := a.attestAt(ctx, addr, key, patience)
 		if err == nil {
 			return nil
 		}
@@ -101,7 +101,7 @@ func (a *Agent) attest(ctx context.Context) error {
 	return fmt.Errorf("attesting this node with its %s: %w: %w", a.cfg.Credential, identity.ErrUnavailable, errors.Join(errs...))
 }
 
-func (a *Agent) attestAt(ctx context.Context, addr string, key keyPair) error {
+func (a *Agent) attestAt(ctx context.Context, addr string, key keyPair, patience time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, attestNodeTimeout)
 	defer cancel()
 	begin, prove, err := a.cfg.Credential.begin()
@@ -110,13 +110,13 @@ func (a *Agent) attestAt(ctx context.Context, addr string, key keyPair) error {
 	}
 	begin.PublicKey = key.public
 	seen := make(memberSeen, 1)
-	conn, err := a.dial(addr, clientTLS(a.firstContact, nil, seen))
+	conn, err := a.dial(addr, clientTLS(a.firstContact, nil, seen), patience)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 	// A member that does not even shake hands is left sooner: nothing has been spent there.
-	defer time.AfterFunc(attemptTimeout, func() {
+	defer time.AfterFunc(patience, func() {
 		if len(seen) == 0 {
 			cancel()
 		}

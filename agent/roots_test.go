@@ -61,7 +61,7 @@ func TestAgentByPublishedRoots(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), wait)
 	defer cancel()
-	if err := a.attest(ctx); err != nil {
+	if err := a.attest(ctx, attemptTimeout); err != nil {
 		t.Fatal(err)
 	}
 	first := a.anchor()

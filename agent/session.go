@@ -30,7 +30,7 @@ const (
 )
 
 // errHung ends a call to a member that does not even answer a probe.
-var errHung = fmt.Errorf("%w: the member hangs: it did not answer a probe within %v", identity.ErrUnavailable, probeTimeout)
+var errHung = fmt.Errorf("%w: the member hangs: it did not answer a probe", identity.ErrUnavailable)
 
 // session is one connection to one member with its Sync stream.
 type session struct {
@@ -53,10 +53,12 @@ type session struct {
 
 	calls   int  // owned by link.mu
 	retired bool // owned by link.mu
+
+	probeTimeout time.Duration // see link.hung
 }
 
-// dial makes a connection that nothing has used yet.
-func (a *Agent) dial(addr string, tlsConfig *tls.Config) (*grpc.ClientConn, error) {
+// dial makes a connection that nothing has used yet; patience is how long it may take to be made.
+func (a *Agent) dial(addr string, tlsConfig *tls.Config, patience time.Duration) (*grpc.ClientConn, error) {
 	dial := a.cfg.Dial
 	if dial == nil {
 		// A dead host is noticed by the kernel; the process on it by gRPC's keep-alive.
@@ -68,8 +70,8 @@ func (a *Agent) dial(addr string, tlsConfig *tls.Config) (*grpc.ClientConn, erro
 		grpc.WithContextDialer(dial),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithIdleTimeout(0),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: grpcbackoff.DefaultConfig, MinConnectTimeout: attemptTimeout}),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: grpcbackoff.DefaultConfig, MinConnectTimeout: patience}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: patience}),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("connecting to %s: %w: %v", addr, identity.ErrInvalid, err)
@@ -78,19 +80,19 @@ func (a *Agent) dial(addr string, tlsConfig *tls.Config) (*grpc.ClientConn, erro
 }
 
 // open connects to a member as the agent and waits for its state.
-func (a *Agent) open(ctx context.Context, addr string) (*session, error) {
-	ctx, stop := context.WithTimeout(ctx, attemptTimeout)
+func (a *Agent) open(ctx context.Context, addr string, patience time.Duration) (*session, error) {
+	ctx, stop := context.WithTimeout(ctx, patience)
 	defer stop()
 	own := a.own.Load()
 	verify, show := func() contact { return contact{td: a.trustDomain(), trust: a.trust.Load()} }, func() *ownSVID { return own }
 	if a.cfg.Pod != nil {
 		verify, show = a.podContact, nil
 	}
-	conn, err := a.dial(addr, clientTLS(verify, show, nil))
+	conn, err := a.dial(addr, clientTLS(verify, show, nil), patience)
 	if err != nil {
 		return nil, err
 	}
-	s := &session{addr: addr, conn: conn, connectedAs: own, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	s := &session{addr: addr, conn: conn, connectedAs: own, probeTimeout: a.link.probeTimeout(), wake: make(chan struct{}, 1), done: make(chan struct{})}
 	// The stream outlives the attempt, but not an attempt that fails.
 	var sctx context.Context
 	sctx, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
@@ -102,7 +104,7 @@ func (a *Agent) open(ctx context.Context, addr string) (*session, error) {
 		attempt()
 		s.close()
 		if ctx.Err() != nil {
-			err = fmt.Errorf("%w: no answer within %v: %w", identity.ErrUnavailable, attemptTimeout, err)
+			err = fmt.Errorf("%w: no answer within %v: %w", identity.ErrUnavailable, patience, err)
 		}
 		return nil, err
 	}
@@ -178,7 +180,7 @@ func (s *session) try(ctx context.Context, f func(context.Context, *session) err
 // probe asks the member for its health until ctx ends, and calls hung when it does not answer.
 func (s *session) probe(ctx context.Context, hung context.CancelCauseFunc) {
 	for ctx.Err() == nil {
-		pctx, cancel := context.WithTimeout(ctx, probeTimeout)
+		pctx, cancel := context.WithTimeout(ctx, s.probeTimeout)
 		_, err := healthv1.NewHealthClient(s.conn).Check(pctx, &healthv1.HealthCheckRequest{})
 		cancel()
 		if ctx.Err() == nil && status.Code(err) == codes.DeadlineExceeded {

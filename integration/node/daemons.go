@@ -126,7 +126,7 @@ func (n *Node) groups() ([]string, error) {
 	return out, nil
 }
 
-// makeGroups makes what the kubelet wants to find. In version 1, a new group of cpuset has no processors until it is told.
+// makeGroups makes what the kubelet wants to find, and a group for the daemons' share of the processors. In version 1, a new group of cpuset has no processors until it is told.
 func (n *Node) makeGroups() error {
 	groups, err := n.groups()
 	if err != nil {
@@ -135,6 +135,13 @@ func (n *Node) makeGroups() error {
 	for _, g := range groups {
 		if err := os.Mkdir(g, 0o755); err != nil {
 			return fmt.Errorf("making a control group: %w", err)
+		}
+		if _, err := os.Stat(filepath.Join(g, "cpu.shares")); err == nil {
+			n.slice = filepath.Join(g, "system")
+			// The whole node before what else is on the machine.
+			if err := errors.Join(os.Mkdir(n.slice, 0o755), os.WriteFile(filepath.Join(g, "cpu.shares"), []byte("8192"), 0)); err != nil {
+				return fmt.Errorf("making a control group: %w", err)
+			}
 		}
 		for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
 			all, err := os.ReadFile(filepath.Join(filepath.Dir(g), f))

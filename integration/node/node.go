@@ -52,6 +52,7 @@ type Node struct {
 
 	conf  Config
 	group string // name of the control groups that its pods are in
+	slice string // folder of the control groups of its daemons; empty: there are none
 	hold  *holder
 
 	mu    sync.Mutex // guards kinds
@@ -153,6 +154,11 @@ func (n *Node) Log(name string) string {
 
 // daemon starts a program in the node.
 func (n *Node) daemon(ctx context.Context, name string, argv ...string) error {
+	if n.slice != "" {
+		// As systemd does: a group for each daemon, beside that of all pods. Without, each of their many processes had as large a share of
+		// the processors as all pods together, those of members and agents among them.
+		argv = append([]string{"/bin/sh", "-ec", `mkdir -p "$0"; echo 0 > "$0/cgroup.procs"; exec "$@"`, filepath.Join(n.slice, name)}, argv...)
+	}
 	path := n.conf.deb("bin") + ":" + n.conf.deb("sbin") + ":" + os.Getenv("PATH")
 	if _, err := n.hold.ask(ctx, Request{Name: name, Argv: argv, Env: []string{"PATH=" + path}, Log: n.path("log/" + name)}); err != nil {
 		return fmt.Errorf("starting %s: %w", name, err)
