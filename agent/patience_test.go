@@ -26,7 +26,9 @@ func TestSlowConnections(t *testing.T) {
 	var dials atomic.Int32
 	dial := cfg.Dial
 	if dial == nil {
-		dial = func(ctx context.Context, addr string) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", addr) }
+		dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		}
 	}
 	cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
 		dials.Add(1)

@@ -80,13 +80,15 @@ func (b *bench) measureKubePods(ctx context.Context, kube string, r *result) err
 			return err
 		}
 		var ran, asked []float64
+		refused := 0
 		for _, d := range took {
+			refused += d.Refused
 			ran, asked = append(ran, ms(d.Began)), append(asked, ms(d.Asked))
 		}
 		p, whole := spreadOf(ran), spreadOf(asked)
 		b.sample(c.name, count, p.p50, "p50-ms", p.p99, "p99-ms", p.max, "max-ms", whole.p50, "asked-p50-ms", whole.p99, "asked-p99-ms")
-		r.note("%s: program's start to first SVID p50 %.0f ms, p99 %.0f ms (fastest %.1f, slowest %.0f, of %d pods); from the request for all of them p50 %.1f s, p99 %.1f s; all had come and gone after %.0f s",
-			c.what, p.p50, p.p99, p.min, p.max, count, whole.p50/1000, whole.p99/1000, time.Since(began).Seconds())
+		r.note("%s: program's start to first SVID p50 %.0f ms, p99 %.0f ms (fastest %.1f, slowest %.0f, of %d pods); from the request for all of them p50 %.1f s, p99 %.1f s; %d mounts were put off; all had come and gone after %.0f s",
+			c.what, p.p50, p.p99, p.min, p.max, count, whole.p50/1000, whole.p99/1000, refused, time.Since(began).Seconds())
 		if c.burst.Alone {
 			alone = p
 			continue

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -27,6 +28,8 @@ type Burst struct {
 type Took struct {
 	Asked time.Duration // from the request for all of them until the program had its first SVID
 	Began time.Duration // from the program's start until then
+	// Refused is how often the kubelet was told to try again, which it puts off longer each time.
+	Refused int
 }
 
 // Burst starts the pods and tells of each how long it took to have its first SVID. Then it removes them.
@@ -105,7 +108,12 @@ spec:
 		if err != nil {
 			return nil, err
 		}
-		took = append(took, Took{Asked: had.Sub(asked), Began: had.Sub(start)})
+		events, err := n.Events(ctx, b.Namespace, pods[i].Name)
+		if err != nil {
+			return nil, err
+		}
+		events = slices.DeleteFunc(events, func(e string) bool { return !strings.HasPrefix(e, "FailedMount: ") })
+		took = append(took, Took{Asked: had.Sub(asked), Began: had.Sub(start), Refused: len(events)})
 	}
 	return took, nil
 }
