@@ -274,6 +274,28 @@ func TestWait(t *testing.T) {
 	}
 }
 
+// TestAskedAhead: where a pod need not wait, its identity is obtained all the same before its program asks; and that ends with the volume.
+func TestAskedAhead(t *testing.T) {
+	w := newWorld(t)
+	n := w.start(func(d *Driver) { d.waitLimit = time.Hour })
+	shown := len(w.source.shown())
+	if err := n.publish(w.request(1, "wait", "false")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is asked for", func() bool { return len(w.source.shown()) > shown })
+	w.source.set(uidOf(2), fmt.Errorf("%w: no member answers", identity.ErrUnavailable))
+	if err := n.publish(w.request(2, "wait", "false")); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.unpublish(w.request(2)); err != nil { // waits for what asks; the volume's token is wiped by now
+		t.Fatal(err)
+	}
+	w.source.set(uidOf(3), fmt.Errorf("%w: no entry matches", identity.ErrDenied))
+	if err := n.publish(w.request(3, "wait", "false")); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestMountFails: an error leaves nothing behind.
 func TestMountFails(t *testing.T) {
 	w := newWorld(t)

@@ -118,6 +118,8 @@ func (d *Driver) mount(ctx context.Context, v *volume, at seen) error {
 		if err := d.await(wait, v); err != nil {
 			return err
 		}
+	} else if v.asking == nil {
+		d.ask(v)
 	}
 	if err := d.dir.write(&v.wanted); err != nil {
 		return err
@@ -147,6 +149,18 @@ func (d *Driver) mount(ctx context.Context, v *volume, at seen) error {
 		return err
 	}
 	return d.step("mount")
+}
+
+// ask has a pod's identity obtained while its containers are being made. What comes of it is told to whoever connects.
+func (d *Driver) ask(v *volume) {
+	ctx, cancel := context.WithTimeout(context.Background(), d.waitLimit)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer cancel()
+		_ = d.await(ctx, v)
+	}()
+	v.asking = func() { cancel(); <-done }
 }
 
 // await returns once the pod has an identity. A refusal is told at once, anything else when ctx ends.

@@ -26,6 +26,7 @@ type volume struct {
 	key    string // attestor.Workload.Key
 	socket io.Closer
 	files  *keeper // nil without files
+	asking func()  // ends what Driver.ask began; nil: nothing
 
 	mu     sync.Mutex
 	token  []byte // the newest; nil: none since the agent started
@@ -64,6 +65,9 @@ func (v *volume) close() error {
 	clear(v.token)
 	v.token = nil
 	v.mu.Unlock()
+	if v.asking != nil {
+		v.asking()
+	}
 	if v.files != nil {
 		v.files.stop()
 	}
