@@ -38,6 +38,7 @@ const (
 	attemptTimeout    = 3 * time.Second        // to connect to one member and get its state: in the first round (see patience)
 	mostPatience      = 24 * time.Second       // for that, after some rounds in vain
 	stagger           = 250 * time.Millisecond // before the next member is tried beside one that does not answer
+	retryAddress      = time.Second            // before a member that failed is tried again while others have not answered yet
 	callTimeout       = 5 * time.Second        // one RPC
 	attestNodeTimeout = 30 * time.Second       // to attest this node at one member, which may wait for a leader
 	probeAfter        = 300 * time.Millisecond // a call that takes longer has its member probed

@@ -152,7 +152,7 @@ func (a *Agent) askDirect(ctx context.Context, addr string, ask question) error 
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	seen := make(memberSeen, 1)
-	conn, err := a.dial(addr, clientTLS(a.firstContact, nil, seen), attemptTimeout)
+	conn, err := a.dial(addr, clientTLS(a.firstContact, nil, seen), attemptTimeout, nil)
 	if err != nil {
 		return err
 	}

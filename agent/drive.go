@@ -120,7 +120,7 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 	}
 	timer := time.NewTimer(a.untilRenewal())
 	defer timer.Stop()
-	for {
+	for moves := 0; ; {
 		select {
 		case <-ctx.Done():
 			a.link.set(nil, nil)
@@ -149,11 +149,13 @@ func (a *Agent) serve(ctx context.Context, s *session) (string, error) {
 				continue
 			}
 		}
-		next, err := a.connect(ctx, attemptTimeout)
+		next, err := a.connect(ctx, patience(moves))
 		if err != nil {
-			timer.Reset(time.Second)
+			moves++
+			timer.Reset(max(time.Second, backoff(moves)))
 			continue
 		}
+		moves = 0
 		old := s
 		s.stopSync()
 		err = a.adopt(next)

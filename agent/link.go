@@ -249,19 +249,21 @@ func (a *Agent) addresses() []string {
 }
 
 // connect opens a session with the first member that answers. A member that does not answer is not waited for: the next is
-// tried beside it, which is what keeps a failover under a second.
+// tried beside it, which is what keeps a failover under a second. One that fails while others are still being waited for is tried
+// again, so that a long patience with those does not hold up its return.
 func (a *Agent) connect(ctx context.Context, patience time.Duration) (*session, error) {
-	addrs := a.addresses()
 	type result struct {
-		s   *session
-		err error
+		addr string
+		s    *session
+		err  error
 	}
+	addrs := a.addresses()
 	results := make(chan result, len(addrs))
 	attempts, cancel := context.WithTimeout(ctx, patience+time.Duration(len(addrs))*stagger)
-	next, pending := 0, 0
+	queue, pending := slices.Clone(addrs), 0
 	launch := func() {
-		addr := addrs[next]
-		next, pending = next+1, pending+1
+		addr := queue[0]
+		queue, pending = queue[1:], pending+1
 		go func() {
 			s, err := a.open(attempts, addr, patience)
 			if err != nil {
@@ -270,7 +272,7 @@ func (a *Agent) connect(ctx context.Context, patience time.Duration) (*session, 
 				}
 				err = fmt.Errorf("member %s: %w", addr, err)
 			}
-			results <- result{s, err}
+			results <- result{addr, s, err}
 		}()
 	}
 	defer func() { // who lost the race must go
@@ -282,28 +284,36 @@ func (a *Agent) connect(ctx context.Context, patience time.Duration) (*session, 
 		}
 	}()
 	launch()
-	beside := time.NewTimer(stagger)
+	beside, again := time.NewTicker(stagger), time.NewTicker(retryAddress)
 	defer beside.Stop()
-	var errs []error
+	defer again.Stop()
+	last := map[string]error{} // by address
+	var failed []string
 	for pending > 0 {
+		next := false
 		select {
 		case r := <-results:
 			pending--
 			if r.err == nil {
 				return r.s, nil
 			}
-			errs = append(errs, r.err)
+			last[r.addr], failed, next = r.err, append(failed, r.addr), true
 		case <-beside.C:
+			next = true
+		case <-again.C:
+			queue, failed = append(queue, failed...), nil
 		}
-		if next < len(addrs) && ctx.Err() == nil {
+		if next && len(queue) > 0 && attempts.Err() == nil {
 			launch()
 			beside.Reset(stagger)
 		}
 	}
-	for _, err := range errs {
-		if refused(err) {
-			return nil, err
+	var errs []error
+	for _, addr := range addrs {
+		if refused(last[addr]) {
+			return nil, last[addr]
 		}
+		errs = append(errs, last[addr])
 	}
 	return nil, fmt.Errorf("%w: %w", identity.ErrUnavailable, errors.Join(errs...))
 }

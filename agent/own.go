@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -110,14 +111,21 @@ func (a *Agent) attestAt(ctx context.Context, addr string, key keyPair, patience
 	}
 	begin.PublicKey = key.public
 	seen := make(memberSeen, 1)
-	conn, err := a.dial(addr, clientTLS(a.firstContact, nil, seen), patience)
+	var reached atomic.Bool
+	conn, err := a.dial(addr, clientTLS(a.firstContact, nil, seen), patience, &reached)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	// A member that does not even shake hands is left sooner: nothing has been spent there.
+	// A member that does not even shake hands is left sooner: nothing has been spent there. One by one the members are asked, so a host
+	// that is not there must not hold up the others for long.
 	defer time.AfterFunc(patience, func() {
 		if len(seen) == 0 {
+			cancel()
+		}
+	}).Stop()
+	defer time.AfterFunc(min(patience, 2*attemptTimeout), func() {
+		if !reached.Load() {
 			cancel()
 		}
 	}).Stop()

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync/atomic"
 	"testing"
@@ -44,6 +45,77 @@ func TestSlowConnections(t *testing.T) {
 		t.Errorf("%d dials: the first was not too slow", n)
 	}
 	current(t, a.Agent, caller("web"))
+	// So does the move to a connection with its next SVID.
+	o := *a.own.Load()
+	o.renewAt = time.Now()
+	a.own.Store(&o)
+	wake(a.ownSooner)
+	eventually(t, "it moves", func() bool {
+		a.link.mu.Lock()
+		defer a.link.mu.Unlock()
+		now := a.own.Load()
+		return now.tls != o.tls && a.link.sess != nil && a.link.sess.connectedAs.tls == now.tls
+	})
+}
+
+// TestBackWithinTheRound: one member's host is gone, and answers nothing; another is back before anybody gives up on the first.
+func TestBackWithinTheRound(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t)
+	b := c.member("b")
+	cfg := c.config()
+	const gone = "192.0.2.1:8443"
+	cfg.Servers = append(cfg.Servers, gone)
+	var refusals, waits atomic.Int32
+	var fault atomic.Bool
+	back, waited := make(chan struct{}), make(chan struct{})
+	cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+		if !fault.Load() && addr == b.addr {
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		}
+		if !fault.Load() {
+			return nil, errors.New("connection refused")
+		}
+		if addr == gone {
+			if waits.Add(1) == 1 {
+				close(waited)
+			}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		select {
+		case <-back:
+			return new(net.Dialer).DialContext(ctx, "tcp", addr)
+		default:
+			refusals.Add(1)
+			return nil, errors.New("connection refused")
+		}
+	}
+	a, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	if err := a.attest(ctx, attemptTimeout); err != nil {
+		t.Fatal(err)
+	}
+	fault.Store(true)
+	go func() {
+		<-waited
+		for refusals.Load() == 0 && ctx.Err() == nil {
+			sleep(ctx, time.Millisecond)
+		}
+		close(back)
+	}()
+	s, err := a.connect(ctx, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.close()
+	if s.addr != b.addr || waits.Load() != 1 || refusals.Load() == 0 {
+		t.Errorf("connected to %s; %d waits, %d refusals", s.addr, waits.Load(), refusals.Load())
+	}
 }
 
 // TestProbeTimeout: whoever finds one member after the other hanging is in no position to judge.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -54,16 +55,26 @@ type session struct {
 	calls   int  // owned by link.mu
 	retired bool // owned by link.mu
 
-	probeTimeout time.Duration // see link.hung
+	probeTimeout func() time.Duration // see link.hung
 }
 
-// dial makes a connection that nothing has used yet; patience is how long it may take to be made.
-func (a *Agent) dial(addr string, tlsConfig *tls.Config, patience time.Duration) (*grpc.ClientConn, error) {
+// dial makes a connection that nothing has used yet; patience is how long it may take to be made. reached, unless nil, is set once
+// there is a host at the address.
+func (a *Agent) dial(addr string, tlsConfig *tls.Config, patience time.Duration, reached *atomic.Bool) (*grpc.ClientConn, error) {
 	dial := a.cfg.Dial
 	if dial == nil {
 		// A dead host is noticed by the kernel; the process on it by gRPC's keep-alive.
 		d := &net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3}}
 		dial = func(ctx context.Context, addr string) (net.Conn, error) { return d.DialContext(ctx, "tcp", addr) }
+	}
+	if via := dial; reached != nil {
+		dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			c, err := via(ctx, addr)
+			if err == nil {
+				reached.Store(true)
+			}
+			return c, err
+		}
 	}
 	conn, err := grpc.NewClient("passthrough:///"+addr,
 		grpc.WithTransportCredentials(credentials.NewTLS(tlsConfig)),
@@ -71,7 +82,7 @@ func (a *Agent) dial(addr string, tlsConfig *tls.Config, patience time.Duration)
 		grpc.WithDisableServiceConfig(),
 		grpc.WithIdleTimeout(0),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: grpcbackoff.DefaultConfig, MinConnectTimeout: patience}),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: patience}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: min(patience, 2*attemptTimeout)}),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("connecting to %s: %w: %v", addr, identity.ErrInvalid, err)
@@ -88,11 +99,11 @@ func (a *Agent) open(ctx context.Context, addr string, patience time.Duration) (
 	if a.cfg.Pod != nil {
 		verify, show = a.podContact, nil
 	}
-	conn, err := a.dial(addr, clientTLS(verify, show, nil), patience)
+	conn, err := a.dial(addr, clientTLS(verify, show, nil), patience, nil)
 	if err != nil {
 		return nil, err
 	}
-	s := &session{addr: addr, conn: conn, connectedAs: own, probeTimeout: a.link.probeTimeout(), wake: make(chan struct{}, 1), done: make(chan struct{})}
+	s := &session{addr: addr, conn: conn, connectedAs: own, probeTimeout: a.link.probeTimeout, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	// The stream outlives the attempt, but not an attempt that fails.
 	var sctx context.Context
 	sctx, s.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
@@ -180,7 +191,7 @@ func (s *session) try(ctx context.Context, f func(context.Context, *session) err
 // probe asks the member for its health until ctx ends, and calls hung when it does not answer.
 func (s *session) probe(ctx context.Context, hung context.CancelCauseFunc) {
 	for ctx.Err() == nil {
-		pctx, cancel := context.WithTimeout(ctx, s.probeTimeout)
+		pctx, cancel := context.WithTimeout(ctx, s.probeTimeout())
 		_, err := healthv1.NewHealthClient(s.conn).Check(pctx, &healthv1.HealthCheckRequest{})
 		cancel()
 		if ctx.Err() == nil && status.Code(err) == codes.DeadlineExceeded {

@@ -428,7 +428,7 @@ func (l *Log) tend() {
 	l.mend()
 	l.summarise(false)
 	now := time.Now()
-	if l.unsigned >= l.cfg.CheckpointRecords || l.unsigned > 0 && now.Sub(l.checked) >= l.cfg.CheckpointEvery {
+	if due := l.unsigned >= l.cfg.CheckpointRecords || l.unsigned > 0 && now.Sub(l.checked) >= l.cfg.CheckpointEvery; due && !l.stuck() {
 		l.checkpoint()
 	}
 	if now.Sub(l.swept) >= time.Hour {

@@ -456,7 +456,7 @@ func TestStuckAgentBlocksNobody(t *testing.T) {
 	quick := w.sync(t, w.dial(t, cert2))
 	quick.watch(&nodev1.Watch_Workload{Handle: 1, Selectors: sel})
 	e := w.createEntry(t, &adminv1.Entry{Selectors: sel, SpiffeId: "spiffe://example.org/x"})
-	for i := range 300 { // some megabytes, if they were all sent
+	for i := range 100 { // some megabytes, if they were all sent
 		quick.wantChanged(1)
 		e.Hint = fmt.Sprint(i)
 		var err error

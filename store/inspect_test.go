@@ -226,7 +226,7 @@ func TestInspectAndRewriteStream(t *testing.T) {
 		sum, err := f(readerFunc(func(r io.Reader) func([]byte) (int, error) {
 			calls := 0
 			return func(p []byte) (int, error) {
-				if calls++; calls%4096 == 0 {
+				if calls++; calls%16384 == 0 {
 					runtime.GC()
 					if runtime.ReadMemStats(&m); m.HeapAlloc > high.HeapAlloc {
 						high = m
@@ -244,8 +244,8 @@ func TestInspectAndRewriteStream(t *testing.T) {
 		"inspect": Inspect,
 		"rewrite": func(r io.Reader) (Summary, error) { return Rewrite(io.Discard, r, RewriteOptions{Now: restoreTime}) },
 	} {
-		few, many := peak(10_000, f), peak(100_000, f)
-		if many > few+few/2+(1<<20) { // ten times the records, 15 MB more
+		few, many := peak(4_000, f), peak(40_000, f)
+		if many > few+few/2+(1<<20) { // ten times the records, 6 MB more
 			t.Errorf("%s: %d bytes in use, and %d with ten times the records", name, few, many)
 		}
 	}

@@ -160,6 +160,8 @@ func (d *Driver) ask(v *volume) {
 		defer cancel()
 		_ = d.await(ctx, v)
 	}()
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	v.asking = func() { cancel(); <-done }
 }
 

@@ -26,9 +26,9 @@ type volume struct {
 	key    string // attestor.Workload.Key
 	socket io.Closer
 	files  *keeper // nil without files
-	asking func()  // ends what Driver.ask began; nil: nothing
 
 	mu     sync.Mutex
+	asking func() // ends what Driver.ask began; nil: nothing
 	token  []byte // the newest; nil: none since the agent started
 	closed bool
 }
@@ -64,9 +64,10 @@ func (v *volume) close() error {
 	v.closed = true
 	clear(v.token)
 	v.token = nil
+	asking := v.asking
 	v.mu.Unlock()
-	if v.asking != nil {
-		v.asking()
+	if asking != nil {
+		asking()
 	}
 	if v.files != nil {
 		v.files.stop()
