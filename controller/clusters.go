@@ -24,7 +24,7 @@ func (r *clusters) all(ctx context.Context, name string) (found *adminv1.KubeClu
 	for page := (&adminv1.ListRequest{PageSize: 1000}); ; {
 		res, err := r.cfg.Admin.ListKubeClusters(ctx, page)
 		if err != nil {
-			return nil, nil, fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err))
+			return nil, nil, asked(fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err)))
 		}
 		for _, k := range res.KubeClusters {
 			if k.Name == name {

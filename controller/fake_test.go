@@ -36,6 +36,7 @@ type fakeMember struct {
 	clusters            map[string]*adminv1.KubeCluster
 	fault               error // of every call
 	denied              error // of every change
+	local               error // of listing the kube clusters, as it comes: not by the wire
 	changes             int
 	now                 time.Time
 }
@@ -103,6 +104,9 @@ func (f *fakeMember) DeleteEntry(_ context.Context, r *adminv1.NameRequest, _ ..
 }
 
 func (f *fakeMember) ListKubeClusters(context.Context, *adminv1.ListRequest, ...grpc.CallOption) (*adminv1.ListKubeClustersResponse, error) {
+	if f.local != nil {
+		return nil, f.local
+	}
 	out := &adminv1.ListKubeClustersResponse{}
 	for _, name := range slices.Sorted(maps.Keys(f.clusters)) {
 		out.KubeClusters = append(out.KubeClusters, proto.Clone(f.clusters[name]).(*adminv1.KubeCluster))

@@ -306,6 +306,37 @@ func TestIdentitiesOfUnknownCluster(t *testing.T) {
 	}
 }
 
+// TestIdentitiesStay: nothing is taken away from a resource for a fault that is not its own, such as the controller's own credentials that
+// cannot be read for a moment.
+func TestIdentitiesStay(t *testing.T) {
+	w := newKubeWorld(t)
+	obj := webIdentity()
+	w.create(obj)
+	w.settles(obj, reasonReady)
+	for _, err := range []error{identity.ErrInvalid, identity.ErrExists, identity.ErrNotFound, identity.ErrPrecondition, fmt.Errorf("%w: --svid /x with key /y", identity.ErrInvalid)} {
+		w.member.local = err
+		w.settles(obj, reasonFailed, err.Error())
+		w.member.local, w.member.fault = nil, err
+		w.settles(obj, reasonFailed, err.Error())
+		w.member.fault = nil
+	}
+	for _, err := range []error{identity.ErrDenied, identity.ErrUnauthenticated} {
+		w.member.local = err
+		w.settles(obj, reasonDenied, err.Error())
+	}
+	if len(w.member.entries) != 1 || len(obj.Status.Entries) != 1 || w.member.changes != 1 {
+		t.Errorf("%d entries, status %v, %d changes", len(w.member.entries), obj.Status.Entries, w.member.changes)
+	}
+	// A resource that is to blame itself loses what it had, as before.
+	w.member.local = nil
+	obj.Spec.DNSNames = []string{"not a name"}
+	w.update(obj)
+	w.settles(obj, reasonRefused)
+	if len(w.member.entries) != 0 {
+		t.Errorf("entries %v", w.member.entries)
+	}
+}
+
 func TestFederations(t *testing.T) {
 	w := newKubeWorld(t)
 	obj := partnerDomain()

@@ -45,9 +45,13 @@ func (r *identities) end(ctx context.Context, name string) error {
 
 func (r *identities) put(ctx context.Context, w *v1alpha1.WorkloadIdentity) (string, error) {
 	if err := r.entries.fresh(ctx); err != nil {
-		return "", err
+		return "", asked(err)
 	}
-	want, err := r.entriesOf(ctx, w)
+	kube, err := r.shapes(ctx)
+	if err != nil {
+		return "", asked(err)
+	}
+	want, err := r.entriesOf(ctx, w, kube)
 	switch reason, _ := outcome(err); {
 	case err == nil:
 		err = r.make(ctx, r.owner(w.Name), want)
@@ -66,8 +70,8 @@ func (r *identities) put(ctx context.Context, w *v1alpha1.WorkloadIdentity) (str
 	return fmt.Sprintf("pods that match have %s, by %d entries", w.Spec.SPIFFEIDTemplate, len(w.Status.Entries)), err
 }
 
-// entriesOf is what a resource asks for, once all was checked.
-func (r *identities) entriesOf(ctx context.Context, w *v1alpha1.WorkloadIdentity) ([]*adminv1.Entry, error) {
+// entriesOf is what a resource asks for, once all was checked. It asks no member: what it refuses is the resource's own fault.
+func (r *identities) entriesOf(ctx context.Context, w *v1alpha1.WorkloadIdentity, kube shapes) ([]*adminv1.Entry, error) {
 	pods, err := terms(identity.SelectorPodLabel, identity.SelectorPodLabelKey, w.Spec.PodSelector)
 	if err != nil {
 		return nil, fmt.Errorf("podSelector: %w", err)
@@ -81,15 +85,11 @@ func (r *identities) entriesOf(ctx context.Context, w *v1alpha1.WorkloadIdentity
 	if err != nil {
 		return nil, err
 	}
-	own, others, sees, err := r.shapes(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if !sees && slices.ContainsFunc(sets, asksLabels) {
+	if !kube.sees && slices.ContainsFunc(sets, asksLabels) {
 		return nil, fmt.Errorf("%w: the members cannot tell labels of this cluster's pods, and pods that could match would get no identity at all: kube cluster %s is registered without --kubeconfig (countersign kube add --replace --kubeconfig), or select namespaces by %s alone", identity.ErrPrecondition, r.cfg.Cluster, nameLabel)
 	}
 	pinned := pinnedTo(all)
-	if err := checkShape(w.Spec.SPIFFEIDTemplate, pinned, own, others); err != nil {
+	if err := checkShape(w.Spec.SPIFFEIDTemplate, pinned, kube.own, kube.others); err != nil {
 		return nil, err
 	}
 	for _, n := range w.Spec.DNSNames {
@@ -118,7 +118,7 @@ func (r *identities) entriesOf(ctx context.Context, w *v1alpha1.WorkloadIdentity
 		}
 		out = append(out, e)
 	}
-	return out, r.conflict(ctx, w, own)
+	return out, r.conflict(ctx, w, kube.own)
 }
 
 // asksLabels reports whether somebody has to be asked about a pod's or a namespace's labels.
@@ -129,33 +129,38 @@ func asksLabels(set []identity.Selector) bool {
 }
 
 // shapes are the default IDs of this kube cluster's pods, and those of others'. sees says whether the members see this one's pods.
-func (r *identities) shapes(ctx context.Context) (own, others []string, sees bool, err error) {
-	own = []string{identity.DefaultKubeID}
+type shapes struct {
+	own, others []string
+	sees        bool
+}
+
+func (r *identities) shapes(ctx context.Context) (shapes, error) {
+	out := shapes{own: []string{identity.DefaultKubeID}}
 	known := false
 	for page := (&adminv1.ListRequest{PageSize: 1000}); ; {
 		res, err := r.cfg.Admin.ListKubeClusters(ctx, page)
 		if err != nil {
-			return nil, nil, false, fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err))
+			return shapes{}, fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err))
 		}
 		for _, k := range res.KubeClusters {
 			if k.Name == r.cfg.Cluster {
-				known, sees = true, k.Kubeconfig != ""
+				known, out.sees = true, k.Kubeconfig != ""
 			}
 			switch {
 			case k.DefaultId == "":
 			case k.Name == r.cfg.Cluster:
-				own = append(own, k.DefaultId)
+				out.own = append(out.own, k.DefaultId)
 			default:
-				others = append(others, k.DefaultId)
+				out.others = append(out.others, k.DefaultId)
 			}
 		}
 		if page.PageToken = res.NextPageToken; page.PageToken != "" {
 			continue
 		}
 		if !known {
-			return nil, nil, false, fmt.Errorf("%w: kube cluster %s, whose resource this is, is not registered (countersign kube add)", identity.ErrPrecondition, r.cfg.Cluster)
+			return shapes{}, fmt.Errorf("%w: kube cluster %s, whose resource this is, is not registered (countersign kube add)", identity.ErrPrecondition, r.cfg.Cluster)
 		}
-		return own, others, sees, nil
+		return out, nil
 	}
 }
 
@@ -182,7 +187,7 @@ func (r *identities) conflict(ctx context.Context, w *v1alpha1.WorkloadIdentity,
 	}
 	all := &v1alpha1.WorkloadIdentityList{}
 	if err := r.client.List(ctx, all); err != nil {
-		return err
+		return fmt.Errorf("%w: listing the WorkloadIdentities: %v", identity.ErrUnavailable, err)
 	}
 	for i := range all.Items {
 		o := &all.Items[i]

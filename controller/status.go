@@ -2,6 +2,7 @@ package controller
 
 import (
 	"errors"
+	"fmt"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -41,6 +42,14 @@ func outcome(err error) (reason string, status metav1.ConditionStatus) {
 		return reasonDenied, metav1.ConditionFalse
 	}
 	return reasonFailed, metav1.ConditionFalse
+}
+
+// asked words the failure of a question that is the same for every resource: no resource is refused for it, whatever it is.
+func asked(err error) error {
+	if reason, _ := outcome(err); reason == reasonRefused || reason == reasonConflict {
+		return fmt.Errorf("%w: %v", identity.ErrUnavailable, err)
+	}
+	return err
 }
 
 // gone takes it for no fault that an object is not there any more.
