@@ -40,9 +40,9 @@ that it does not have is refused, and its resource says so. Where a member canno
 			if err != nil {
 				return fmt.Errorf("%w: %v", identity.ErrInvalid, err)
 			}
-			conn := newLasting(a)
-			defer conn.Close()
 			logger := cli.Logger(cmd.ErrOrStderr(), log)
+			conn := newLasting(a, logger)
+			defer conn.Close()
 			klog.SetSlogLogger(logger) // what the Kubernetes client has to say
 			cfg := controller.Config{
 				REST: rc, Cluster: cluster, Resources: true, ParseBundle: federation.Parse, LeaderElection: lease,

@@ -1,23 +1,30 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	grpcpeer "google.golang.org/grpc/peer"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
 	"countersign.io/countersign/identity"
+	"countersign.io/countersign/server"
 )
 
 // askedMember is a member that says by whom it was asked.
@@ -31,6 +38,7 @@ type askedMember struct {
 	mu     sync.Mutex
 	serial map[string]string // by the other side's address
 	fault  error
+	asked  int
 	calls  chan struct{} // set: each call says that it is there
 	hold   chan struct{} // set: and waits for this
 }
@@ -91,7 +99,10 @@ func (m *askedMember) Status(ctx context.Context, _ *adminv1.Empty) (*adminv1.St
 	p, _ := grpcpeer.FromContext(ctx)
 	m.mu.Lock()
 	serial, fault, calls, hold := m.serial[p.Addr.String()], m.fault, m.calls, m.hold
+	m.asked++
+	request := fmt.Sprintf("request-%d", m.asked)
 	m.mu.Unlock()
+	_ = grpc.SetTrailer(ctx, metadata.Pairs(server.RequestIDKey, request)) // fails outside of a call only
 	if calls != nil {
 		calls <- struct{}{}
 		select {
@@ -106,6 +117,13 @@ func (m *askedMember) set(fault error, calls, hold chan struct{}) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.fault, m.calls, m.hold = fault, calls, hold
+}
+
+// connections is how many there were so far.
+func (m *askedMember) connections() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.serial)
 }
 
 // TestLasting: a process that runs on is known by an SVID that lasts, by a member that can be asked, and loses no call on the way.
@@ -129,7 +147,7 @@ func TestLasting(t *testing.T) {
 		return s.svid.Certificates[0].SerialNumber.Text(16)
 	}
 	first := renew()
-	l := newLasting(&admin{remote: remote{members: []string{one.address, two.address}, svid: dir}, timeout: 20 * time.Second})
+	l := newLasting(&admin{remote: remote{members: []string{one.address, two.address}, svid: dir}, timeout: 20 * time.Second}, slog.New(slog.DiscardHandler))
 	defer l.Close()
 	var mu sync.Mutex
 	now := time.Now()
@@ -182,7 +200,7 @@ func TestLasting(t *testing.T) {
 	later(20 * time.Minute)
 	answers("without a new SVID", "one "+second)
 	later(24 * time.Hour)
-	fails("after its end", identity.ErrInvalid)
+	fails("after its end", identity.ErrUnavailable)
 	mu.Lock()
 	now = time.Now()
 	mu.Unlock()
@@ -193,16 +211,12 @@ func TestLasting(t *testing.T) {
 	answers("with one again", "one "+third)
 
 	// A member that is gone, that cannot answer, that is silent: the next one is asked.
+	conn := l.cur.conn
 	one.server.Stop()
-	for range 100 { // the end of a connection takes a moment to be seen, and may cost one call
-		if got, err := ask(); err == nil {
-			if got != "two "+third {
-				t.Errorf("after the end of a member: %q", got)
-			}
-			break
-		}
-	}
-	one = startAskedMember(t, d, "one", one.address)
+	conn.WaitForStateChange(t.Context(), connectivity.Ready) // a call before that is seen would be lost
+	answers("after the end of a member", "two "+third)
+	one = startAskedMember(t, d, "one", "127.0.0.1:0")
+	l.a.remote.members[0] = one.address
 	two.set(fmt.Errorf("%w: no leader", identity.ErrUnavailable), nil, nil)
 	fails("a member without a leader", identity.ErrUnavailable)
 	answers("after that", "one "+third)
@@ -216,14 +230,159 @@ func TestLasting(t *testing.T) {
 	l.a.timeout = 20 * time.Second
 	answers("after a silent member", "two "+third)
 
-	// Who is denied may be an admin by his next SVID; the member is not to blame.
+	// Who is denied may be an admin by his next SVID; the member is not to blame. Nor is a new SVID made of each call that is denied.
+	before := two.connections()
 	two.set(fmt.Errorf("%w: no admin", identity.ErrDenied), nil, nil)
-	fails("no admin", identity.ErrDenied)
 	fourth := renew()
+	fails("no admin", identity.ErrDenied)
+	fails("still no admin", identity.ErrDenied)
+	if n := two.connections(); n != before {
+		t.Errorf("%d connections more for calls that were denied", n-before)
+	}
+	later(deniedAgain)
+	fails("no admin for long", identity.ErrDenied)
 	two.set(nil, nil, nil)
 	answers("an admin by now", "two "+fourth)
 
+	l.a.timeout = 0
+	answers("with all the time", "two "+fourth)
 	if _, err := adminv1.NewAdminClient(l).RotateSeal(t.Context(), &adminv1.Empty{}); !errors.Is(err, identity.ErrPrecondition) {
 		t.Errorf("a stream: %v", err)
+	}
+}
+
+// TestLastingBegins: calls that begin together go by one connection.
+func TestLastingBegins(t *testing.T) {
+	d := newTestDomain(t, "example.org")
+	m := startAskedMember(t, d, "one", "127.0.0.1:0")
+	l := newLasting(&admin{remote: remote{members: []string{m.address}, svid: d.write(t, d.svid(t, "/edge/controller"), d.root)}, timeout: time.Minute}, slog.New(slog.DiscardHandler))
+	defer l.Close()
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			if _, err := adminv1.NewAdminClient(l).Status(t.Context(), &adminv1.Empty{}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if n := m.connections(); n != 1 {
+		t.Errorf("%d connections", n)
+	}
+	// Whichever way those calls went: one that no call has got on yet is idle, as is one that has ended.
+	var r requestID
+	conn, err := r.dial("passthrough:///127.0.0.1:1", insecure.NewCredentials())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, row := range map[string]struct {
+		calls int
+		used  bool
+		want  bool
+	}{"new": {0, false, true}, "with its first call": {1, true, true}, "ended": {0, true, false}} {
+		if got := (&lastingLink{link: &link{conn: conn}, calls: row.calls, used: row.used}).alive(); got != row.want {
+			t.Errorf("%s: alive %v", what, got)
+		}
+	}
+	conn.Close()
+	if (&lastingLink{link: &link{conn: conn}, calls: 1, used: true}).alive() {
+		t.Error("a connection that is closed is alive")
+	}
+}
+
+// TestLastingCloses: whoever hangs up while a connection is being handed on closes it, once.
+func TestLastingCloses(t *testing.T) {
+	d := newTestDomain(t, "example.org")
+	m := startAskedMember(t, d, "one", "127.0.0.1:0")
+	a := &admin{remote: remote{svid: d.write(t, d.svid(t, "/edge/controller"), d.root)}}
+	for range 20 {
+		l, err := a.reach(t.Context(), []string{m.address})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.conn.Connect()
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+		<-m.gone
+	}
+}
+
+// TestLastingErrors: an error that comes again is the same, and the ID of each request is in the log. What cannot be read for a moment is no
+// fault of a call, but at the start.
+func TestLastingErrors(t *testing.T) {
+	d := newTestDomain(t, "example.org")
+	m := startAskedMember(t, d, "one", "127.0.0.1:0")
+	dir := d.write(t, d.svid(t, "/edge/controller"), d.root)
+	cert := filepath.Join(dir, "svid.pem")
+	var log bytes.Buffer
+	l := newLasting(&admin{remote: remote{members: []string{m.address}, svid: dir}, timeout: time.Minute}, slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	defer l.Close()
+	ask := func() error {
+		_, err := adminv1.NewAdminClient(l).Status(t.Context(), &adminv1.Empty{})
+		return err
+	}
+	good, err := os.ReadFile(cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	part := func() {
+		t.Helper()
+		if err := os.WriteFile(cert, good[:100], 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	part()
+	if err := ask(); !errors.Is(err, identity.ErrInvalid) {
+		t.Errorf("a part of a certificate at the start: %v", err)
+	}
+	if err := os.WriteFile(cert, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.set(fmt.Errorf("%w: not now", identity.ErrPrecondition), nil, nil)
+	one, two := ask(), ask()
+	if !errors.Is(one, identity.ErrPrecondition) || one.Error() != two.Error() || strings.Contains(one.Error(), "request") {
+		t.Errorf("one error, and the same again: %v; %v", one, two)
+	}
+	for _, id := range []string{"request_id=request-1", "request_id=request-2"} {
+		if !strings.Contains(log.String(), id) {
+			t.Errorf("%s is not in the log:\n%s", id, &log)
+		}
+	}
+	part()
+	l.Close()
+	if err := ask(); !errors.Is(err, identity.ErrUnavailable) || errors.Is(err, identity.ErrInvalid) {
+		t.Errorf("a part of a certificate later: %v", err)
+	}
+}
+
+// TestReadPair: a certificate and a key of which one was replaced in between are read again, and two that never fit are refused.
+func TestReadPair(t *testing.T) {
+	d := newTestDomain(t, "example.org")
+	old, next := d.write(t, d.svid(t, "/a"), d.root), d.write(t, d.svid(t, "/b"), d.root)
+	reading := func(dirs ...[2]string) func() (cert, key []byte, err error) {
+		return func() (cert, key []byte, err error) {
+			if len(dirs) == 0 {
+				return nil, nil, errors.New("nothing more to read")
+			}
+			from := dirs[0]
+			dirs = dirs[1:]
+			if cert, err = os.ReadFile(filepath.Join(from[0], "svid.pem")); err == nil {
+				key, err = os.ReadFile(filepath.Join(from[1], "key.pem"))
+			}
+			return cert, key, err
+		}
+	}
+	svid, err := readPair("--svid", reading([2]string{old, next}, [2]string{next, next}))
+	if err != nil || svid.ID.Path() != "/b" {
+		t.Errorf("replaced while it was read: %v, %v", svid, err)
+	}
+	for what, read := range map[string]func() (cert, key []byte, err error){
+		"never fits":     reading([2]string{old, next}, [2]string{old, next}, [2]string{next, next}),
+		"standard input": reading([2]string{old, next}),
+	} {
+		if svid, err := readPair("--svid", read); !errors.Is(err, identity.ErrInvalid) || !strings.Contains(err.Error(), "--svid") {
+			t.Errorf("%s: %v, %v", what, svid, err)
+		}
 	}
 }

@@ -10,7 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -90,18 +90,17 @@ func (r *remote) source(ctx context.Context, socket string) (*identitySource, er
 }
 
 func fromFiles(cert, key, bundle string) (*identitySource, error) {
-	certPEM, err := readInput(cert)
+	svid, err := readPair(fmt.Sprintf("--svid %s with key %s", cert, key), func() (certPEM, keyPEM []byte, err error) {
+		if certPEM, err = readInput(cert); err != nil {
+			return nil, nil, fmt.Errorf("reading --svid: %w", err)
+		}
+		if keyPEM, err = durable.ReadPrivateFile(key, maxInput); err != nil {
+			return nil, nil, fmt.Errorf("%w: reading the key of --svid: %v", identity.ErrInvalid, err)
+		}
+		return certPEM, keyPEM, nil
+	})
 	if err != nil {
-		return nil, fmt.Errorf("reading --svid: %w", err)
-	}
-	keyPEM, err := durable.ReadPrivateFile(key, maxInput)
-	if err != nil {
-		return nil, fmt.Errorf("%w: reading the key of --svid: %v", identity.ErrInvalid, err)
-	}
-	defer clear(keyPEM)
-	svid, err := x509svid.Parse(certPEM, keyPEM)
-	if err != nil {
-		return nil, fmt.Errorf("%w: --svid %s with key %s: %v", identity.ErrInvalid, cert, key, err)
+		return nil, err
 	}
 	bundlePEM, err := readInput(bundle)
 	if err != nil {
@@ -118,6 +117,27 @@ func fromFiles(cert, key, bundle string) (*identitySource, error) {
 		return nil, fmt.Errorf("%w: the SVID in %s expired at %s: get a new one", identity.ErrUnauthenticated, cert, end.UTC().Format(time.RFC3339))
 	}
 	return &identitySource{svid, b}, nil
+}
+
+// readPair reads a certificate and its key. Two that do not belong together are read again: somebody may be replacing them.
+func readPair(what string, read func() (certPEM, keyPEM []byte, err error)) (*x509svid.SVID, error) {
+	var first error
+	for range 2 {
+		certPEM, keyPEM, err := read()
+		if err == nil {
+			var svid *x509svid.SVID
+			svid, err = x509svid.Parse(certPEM, keyPEM)
+			clear(keyPEM)
+			if err == nil {
+				return svid, nil
+			}
+			err = fmt.Errorf("%w: %s: %v", identity.ErrInvalid, what, err)
+		}
+		if first == nil { // a second reading of standard input finds nothing
+			first = err
+		}
+	}
+	return nil, first
 }
 
 func (r *remote) fromWorkloadAPI(ctx context.Context, socket string) (*identitySource, error) {
@@ -223,14 +243,13 @@ func (a *admin) reach(ctx context.Context, servers []string) (*link, error) {
 			errs = append(errs, err)
 			continue
 		}
-		var once sync.Once
-		l := &link{where: server, remote: true, who: source.svid.ID.String(), expires: source.svid.Certificates[0].NotAfter, unused: first}
+		l := &link{where: server, remote: true, who: source.svid.ID.String(), expires: source.svid.Certificates[0].NotAfter}
+		l.unused.Store(&first)
 		l.conn, err = l.failed.dial("passthrough:///"+server, insecure.NewCredentials(), // TLS is the dialer's: gRPC wants a protocol name of its own
 			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
-			grpc.WithContextDialer(func(ctx context.Context, addr string) (c net.Conn, err error) {
-				once.Do(func() { c, l.unused = first, nil })
-				if c != nil {
-					return c, nil
+			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+				if c := l.unused.Swap(nil); c != nil {
+					return *c, nil
 				}
 				return dialOnce(ctx, dialer, addr)
 			}))
@@ -270,14 +289,14 @@ type link struct {
 	// expires is when the SVID ends that the connection was made with, where remote.
 	expires time.Time
 	failed  requestID
-	unused  net.Conn // until gRPC takes it
+	unused  atomic.Pointer[net.Conn] // until gRPC takes it
 }
 
 // Close hangs up.
 func (l *link) Close() error {
 	err := l.conn.Close()
-	if l.unused != nil {
-		err = errors.Join(err, l.unused.Close())
+	if c := l.unused.Swap(nil); c != nil { // a dialer of gRPC's may still be about to take it
+		err = errors.Join(err, (*c).Close())
 	}
 	return err
 }
