@@ -18,10 +18,12 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/events"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
@@ -207,6 +209,7 @@ type kubeWorld struct {
 	member *fakeMember
 	fed    *fakeFederation
 	events *events.FakeRecorder
+	behind bool // what the controllers keep of resources: nothing
 
 	identities  *follower[*v1alpha1.WorkloadIdentity]
 	federations *follower[*v1alpha1.FederatedTrustDomain]
@@ -238,10 +241,18 @@ func newKubeWorld(t *testing.T) *kubeWorld {
 			return &identity.Bundle{TrustDomain: td, Sequence: uint64(len(raw))}, nil
 		},
 	}
+	cached := interceptor.NewClient(w.c.(client.WithWatch), interceptor.Funcs{
+		Get: func(ctx context.Context, c client.WithWatch, key client.ObjectKey, obj client.Object, opts ...client.GetOption) error {
+			if w.behind {
+				return apierrors.NewNotFound(schema.GroupResource{Group: v1alpha1.Group}, key.Name)
+			}
+			return c.Get(ctx, key, obj, opts...)
+		},
+	})
 	// A mirror that is old at once: nobody tells it of changes.
-	w.identities = followIdentities(w.c, w.events, cfg.Resync, &identities{cfg: cfg, client: w.c, reader: w.c, entries: newMirror(w.member, false, 0)})
-	w.federations = followFederations(w.c, w.events, statusEvery, &federations{cfg})
-	w.clusters = followClusters(w.c, w.events, cfg.Resync, &clusters{cfg})
+	w.identities = followIdentities(cached, w.c, w.events, cfg.Resync, &identities{cfg: cfg, client: w.c, reader: w.c, entries: newMirror(w.member, false, 0)})
+	w.federations = followFederations(cached, w.c, w.events, statusEvery, &federations{cfg})
+	w.clusters = followClusters(cached, w.c, w.events, cfg.Resync, &clusters{cfg})
 	return w
 }
 

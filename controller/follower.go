@@ -41,25 +41,26 @@ type maker[T client.Object] interface {
 // of it.
 type follower[T client.Object] struct {
 	maker[T]
-	client client.Client
+	client client.Client // which reads what is kept here
+	live   client.Reader // which asks the API server
 	events events.EventRecorder
 	every  time.Duration // between two looks at a resource of which nothing was heard
 	blank  func() T
 	status func(T) *v1alpha1.Status
 }
 
-func followIdentities(c client.Client, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.WorkloadIdentity]) *follower[*v1alpha1.WorkloadIdentity] {
-	return &follower[*v1alpha1.WorkloadIdentity]{m, c, r, every, func() *v1alpha1.WorkloadIdentity { return &v1alpha1.WorkloadIdentity{} },
+func followIdentities(c client.Client, live client.Reader, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.WorkloadIdentity]) *follower[*v1alpha1.WorkloadIdentity] {
+	return &follower[*v1alpha1.WorkloadIdentity]{m, c, live, r, every, func() *v1alpha1.WorkloadIdentity { return &v1alpha1.WorkloadIdentity{} },
 		func(w *v1alpha1.WorkloadIdentity) *v1alpha1.Status { return &w.Status.Status }}
 }
 
-func followFederations(c client.Client, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.FederatedTrustDomain]) *follower[*v1alpha1.FederatedTrustDomain] {
-	return &follower[*v1alpha1.FederatedTrustDomain]{m, c, r, every, func() *v1alpha1.FederatedTrustDomain { return &v1alpha1.FederatedTrustDomain{} },
+func followFederations(c client.Client, live client.Reader, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.FederatedTrustDomain]) *follower[*v1alpha1.FederatedTrustDomain] {
+	return &follower[*v1alpha1.FederatedTrustDomain]{m, c, live, r, every, func() *v1alpha1.FederatedTrustDomain { return &v1alpha1.FederatedTrustDomain{} },
 		func(f *v1alpha1.FederatedTrustDomain) *v1alpha1.Status { return &f.Status.Status }}
 }
 
-func followClusters(c client.Client, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.KubeCluster]) *follower[*v1alpha1.KubeCluster] {
-	return &follower[*v1alpha1.KubeCluster]{m, c, r, every, func() *v1alpha1.KubeCluster { return &v1alpha1.KubeCluster{} },
+func followClusters(c client.Client, live client.Reader, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.KubeCluster]) *follower[*v1alpha1.KubeCluster] {
+	return &follower[*v1alpha1.KubeCluster]{m, c, live, r, every, func() *v1alpha1.KubeCluster { return &v1alpha1.KubeCluster{} },
 		func(k *v1alpha1.KubeCluster) *v1alpha1.Status { return &k.Status }}
 }
 
@@ -71,7 +72,11 @@ func options() controller.Options {
 // Reconcile is reconcile.Reconciler's.
 func (f *follower[T]) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
 	obj := f.blank()
-	if err := f.client.Get(ctx, req.NamespacedName, obj); apierrors.IsNotFound(err) { // it went without its finalizer: by force, or it made nothing
+	err := f.client.Get(ctx, req.NamespacedName, obj)
+	if apierrors.IsNotFound(err) { // or what is kept here is of the past: an API server that is behind may have been read
+		err = f.live.Get(ctx, req.NamespacedName, obj)
+	}
+	if apierrors.IsNotFound(err) { // it went without its finalizer: by force, or it made nothing
 		return ctrl.Result{}, f.end(ctx, req.Name)
 	} else if err != nil {
 		return ctrl.Result{}, err
@@ -87,7 +92,6 @@ func (f *follower[T]) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Res
 	}
 	before := obj.DeepCopyObject().(client.Object)
 	var good string
-	var err error
 	if ending {
 		if err = f.end(ctx, obj.GetName()); err == nil {
 			return ctrl.Result{}, f.release(ctx, obj)

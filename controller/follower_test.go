@@ -85,6 +85,14 @@ func TestFollower(t *testing.T) {
 				t.Errorf("a look at what is right wrote something: %d changes", w.member.changes)
 			}
 
+			// Not among what is kept here: the API server is asked, and has it.
+			w.behind = true
+			w.settles(obj, reasonReady)
+			if w.member.changes != 1 || size() != before+1 || obj.GetResourceVersion() != version {
+				t.Errorf("a resource that is there was taken for gone: %d changes, %d things", w.member.changes, size()-before)
+			}
+			w.behind = false
+
 			// Deleted while nobody can undo it: it stays, and says why.
 			w.delete(obj)
 			w.member.fault = fmt.Errorf("%w: all members are away", identity.ErrUnavailable)

@@ -19,7 +19,8 @@ import (
 
 // addResources adds the controllers of the custom resources.
 func addResources(ctx context.Context, mgr ctrl.Manager, cfg *Config, changes *feed) error {
-	ids := &identities{cfg: cfg, client: mgr.GetClient(), reader: mgr.GetAPIReader(), entries: newMirror(cfg.Admin, cfg.Watch != nil, cfg.Resync/2)}
+	c, live, recorder := mgr.GetClient(), mgr.GetAPIReader(), mgr.GetEventRecorder("countersign")
+	ids := &identities{cfg: cfg, client: c, reader: live, entries: newMirror(cfg.Admin, cfg.Watch != nil, cfg.Resync/2)}
 	var idKick, fedKick, kubeKick kicker
 
 	// Any other resource of the kind may have been in conflict with the one that changed.
@@ -40,15 +41,14 @@ func addResources(ctx context.Context, mgr ctrl.Manager, cfg *Config, changes *f
 	following := func(name string, obj client.Object, kick *kicker) *builder.Builder {
 		return ctrl.NewControllerManagedBy(mgr).Named(name).For(obj, asked).WatchesRawSource(kick.source()).WithOptions(options())
 	}
-	c, recorder := mgr.GetClient(), mgr.GetEventRecorder("countersign")
 	err := following("workloadidentity", &v1alpha1.WorkloadIdentity{}, &idKick).Watches(&v1alpha1.WorkloadIdentity{}, everyIdentity, asked).
-		Complete(followIdentities(c, recorder, cfg.Resync, ids))
+		Complete(followIdentities(c, live, recorder, cfg.Resync, ids))
 	if err == nil {
 		err = following("federatedtrustdomain", &v1alpha1.FederatedTrustDomain{}, &fedKick).
-			Complete(followFederations(c, recorder, min(cfg.Resync, statusEvery), &federations{cfg}))
+			Complete(followFederations(c, live, recorder, min(cfg.Resync, statusEvery), &federations{cfg}))
 	}
 	if err == nil {
-		err = following("kubecluster", &v1alpha1.KubeCluster{}, &kubeKick).Complete(followClusters(c, recorder, cfg.Resync, &clusters{cfg}))
+		err = following("kubecluster", &v1alpha1.KubeCluster{}, &kubeKick).Complete(followClusters(c, live, recorder, cfg.Resync, &clusters{cfg}))
 	}
 	if err != nil {
 		return err

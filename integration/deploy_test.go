@@ -301,7 +301,7 @@ func TestChartRights(t *testing.T) {
 	}
 	spaces := []right{{"create", "", "configmaps", "shop", ""}, {"update", "", "configmaps", "shop", "countersign-bundle"}}
 	trust := []right{{"create", "certificates.k8s.io", "clustertrustbundles", "", ""}, {"attest", "certificates.k8s.io", "signers", "", "countersign.io/*"}}
-	own := []right{{"watch", "countersign.io", "workloadidentities", "", ""}, {"patch", "countersign.io", "workloadidentities/status", "shop", "web"}}
+	own := []right{{"get", "countersign.io", "kubeclusters", "", "x"}, {"watch", "countersign.io", "workloadidentities", "", ""}, {"patch", "countersign.io", "workloadidentities/status", "shop", "web"}}
 
 	k.apply("least", rendered(t, "trustDomain: example.org\nbundle: {clusterTrustBundle: 'off'}\n", deploy.Options{KubeVersion: "1.37.2"}))
 	check("least", "countersign", true, needed...)
