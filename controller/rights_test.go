@@ -3,19 +3,23 @@ package controller
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	authzv1 "k8s.io/api/authorization/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	"countersign.io/countersign/controller/v1alpha1"
+	"countersign.io/countersign/federation"
 	"countersign.io/countersign/identity"
 )
 
@@ -79,5 +83,16 @@ func TestCheckKube(t *testing.T) {
 	none := fake.NewClientBuilder().WithScheme(Scheme()).WithRESTMapper(meta.NewDefaultRESTMapper(nil)).Build()
 	if err := checkKube(t.Context(), none, alone); !errors.Is(err, identity.ErrPrecondition) || !strings.Contains(err.Error(), "deploy/chart/crds") {
 		t.Errorf("no kinds: %v", err)
+	}
+}
+
+// TestRunWithoutKube: an API server that cannot be asked at the start is worth waiting for, and the error says so.
+func TestRunWithoutKube(t *testing.T) {
+	cfg := Config{
+		REST: &rest.Config{Host: "http://127.0.0.1:1"}, TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Cluster: "main", Resources: true,
+		Admin: &fakeMember{}, Federation: &fakeFederation{}, ParseBundle: federation.Parse, Log: slog.New(slog.DiscardHandler),
+	}
+	if err := Run(t.Context(), cfg); !errors.Is(err, identity.ErrUnavailable) {
+		t.Error(err)
 	}
 }

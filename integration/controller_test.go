@@ -49,9 +49,14 @@ func newControlled(t *testing.T, role string) *controlled {
 // start runs a controller. It asks the second member, and then the third.
 func (c *controlled) start(name string, args ...string) (*cluster.Process, *lines) {
 	c.t.Helper()
+	return c.startAsking(name, []string{c.Members[1].Address, c.Members[2].Address}, args...)
+}
+
+func (c *controlled) startAsking(name string, members []string, args ...string) (*cluster.Process, *lines) {
+	c.t.Helper()
 	log := newLines()
 	all := append([]string{filepath.Join(bin, "countersign"), "controller", "run", "--kubeconfig", c.login, "--cluster", "kube",
-		"--member", c.Members[1].Address, "--member", c.Members[2].Address, "--leader-election", "countersign"}, args...)
+		"--member", strings.Join(members, ","), "--leader-election", "countersign"}, args...)
 	p, err := c.Start(name, []string{"SPIFFE_ENDPOINT_SOCKET=" + c.agent.Endpoint()}, log, all...)
 	if err != nil {
 		c.t.Fatal(err)
@@ -307,8 +312,8 @@ func TestControllerRefused(t *testing.T) {
 	k.crd("kubeclusters")
 
 	// No member, and later one.
-	p, log := c.start("no member", "--timeout", "2s", "--member", "127.0.0.1:1")
-	c.works(log) // the others that it is told of
+	p, log := c.startAsking("no member", []string{"127.0.0.1:1", c.Members[1].Address}, "--timeout", "2s")
+	c.works(log) // by the other that it is told of
 	p.Stop()
 	alone := newLines()
 	address := c.Members[1].Address

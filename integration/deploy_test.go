@@ -322,6 +322,7 @@ func TestChartRights(t *testing.T) {
 		{"get", "coordination.k8s.io", "leases", "countersign", "countersign-controller"}, {"update", "coordination.k8s.io", "leases", "countersign", "countersign-controller"},
 	}
 	follows := []right{
+		{"get", "countersign.io", "workloadidentities", "", "web"},
 		{"watch", "countersign.io", "workloadidentities", "", ""}, {"patch", "countersign.io", "kubeclusters", "", "east"}, {"patch", "countersign.io", "federatedtrustdomains/status", "", "x"},
 		{"create", "events.k8s.io", "events", "default", ""}, {"list", "", "pods", "", ""}, {"list", "", "namespaces", "", ""},
 	}

@@ -33,7 +33,8 @@ func controllerCommand(a *admin) *cobra.Command {
 		Long: `Follow the custom resources of a Kubernetes cluster until it is interrupted, as the member that leads does with
 kubernetes.resources: true. This is for clusters that the members do not live in. With --member it is an admin by its SVID, which it
 takes anew before it ends: WorkloadIdentity needs the role operator, the other two need security (docs/ADMIN.md); what needs a role
-that it does not have is refused, and its resource says so. Where a member cannot be asked, another one is; where none can, it waits.`,
+that it does not have is refused, and its resource says so. Where a member cannot be asked, another one is; where none can, or the API
+server cannot, it waits, and says so. What waiting does not mend ends it at once: another cluster's name, rights that it lacks.`,
 		Example: `  countersign controller run --kubeconfig in-cluster --cluster edge --member ca-1.example.org:8443 --leader-election countersign`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			rc, err := kube.RESTConfig(kubeconfig)
@@ -48,17 +49,7 @@ that it does not have is refused, and its resource says so. Where a member canno
 				REST: rc, Cluster: cluster, Resources: true, ParseBundle: federation.Parse, LeaderElection: lease,
 				Admin: adminv1.NewAdminClient(conn), Federation: adminv1.NewFederationClient(conn), Log: logger,
 			}
-			if cfg.TrustDomain, err = meetMember(cmd.Context(), cfg.Admin, cfg.Log); err == nil {
-				err = checkRegistered(cmd.Context(), cfg.Admin, cluster, kubeconfig)
-			}
-			if cmd.Context().Err() != nil {
-				return nil // it was told to end
-			}
-			if err != nil {
-				return err
-			}
-			cfg.Log.Info("controller started", "kube_cluster", cluster, "trust_domain", cfg.TrustDomain.Name(), "version", version)
-			return controller.Run(cmd.Context(), cfg)
+			return startController(cmd.Context(), cfg, func(ctx context.Context, k identity.KubeCluster) error { return kube.CheckSame(ctx, kubeconfig, k) }, controller.Run)
 		},
 	}
 	f := run.Flags()
@@ -72,46 +63,85 @@ that it does not have is refused, and its resource says so. Where a member canno
 	return cmd
 }
 
-// meetMember asks a member for its trust domain. While none can be asked it tries again: whoever starts this process may be quicker than
-// whoever starts members, and agents.
-func meetMember(ctx context.Context, c adminv1.AdminClient, log *slog.Logger) (spiffeid.TrustDomain, error) {
+// startController begins once it knows the trust domain, and that the API server is the one that the members know by that name.
+func startController(ctx context.Context, cfg controller.Config, check func(context.Context, identity.KubeCluster) error, run func(context.Context, controller.Config) error) error {
+	err := untilReached(ctx, cfg.Log, "no member can be asked: see that --member names members, that they run, and that an agent is here", func() (err error) {
+		cfg.TrustDomain, err = meetMember(ctx, cfg.Admin)
+		return err
+	})
+	if err == nil {
+		err = untilReached(ctx, cfg.Log, "it cannot be told whether this is the API server of the cluster of that name", func() error {
+			return checkRegistered(ctx, cfg.Admin, cfg.Cluster, check)
+		})
+	}
+	if ctx.Err() != nil {
+		return nil // it was told to end
+	}
+	if err != nil {
+		return err
+	}
+	cfg.Log.Info("controller started", "kube_cluster", cfg.Cluster, "trust_domain", cfg.TrustDomain.Name(), "version", version)
+	err = untilReached(ctx, cfg.Log, "the API server cannot be asked", func() error { return run(ctx, cfg) })
+	if ctx.Err() != nil && errors.Is(err, identity.ErrUnavailable) {
+		return nil
+	}
+	return err
+}
+
+// untilReached does f again while somebody cannot be asked: whoever starts this process may be quicker than whoever starts members, agents
+// and API servers. It says what it waits for when that is news.
+func untilReached(ctx context.Context, log *slog.Logger, lacking string, f func() error) error {
+	said := ""
 	for wait := controlRetryFirst; ; wait = min(2*wait, controlRetryMost) {
-		st, err := c.Status(ctx, &adminv1.Empty{})
-		if err == nil {
-			td, err := spiffeid.TrustDomainFromString(st.TrustDomain)
-			if err != nil {
-				return td, fmt.Errorf("%w: the member's trust domain: %v", identity.ErrInvalid, err)
-			}
-			return td, nil
+		err := f()
+		if !errors.Is(err, identity.ErrUnavailable) || ctx.Err() != nil {
+			return err
 		}
-		if err = api.FromStatus(err); !errors.Is(err, identity.ErrUnavailable) || ctx.Err() != nil {
-			return spiffeid.TrustDomain{}, fmt.Errorf("asking a member: %w", err)
+		if text := err.Error(); text != said {
+			log.Warn(lacking+"; trying again", "error", err)
+			said = text
 		}
-		log.Warn("no member can be asked: see that --member names members, that they run, and that an agent is here; trying again", "wait", wait, "error", err)
 		t := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 			t.Stop()
-			return spiffeid.TrustDomain{}, fmt.Errorf("asking a member was interrupted: %w", err)
+			return err
 		case <-t.C:
 		}
 	}
 }
 
+func meetMember(ctx context.Context, c adminv1.AdminClient) (spiffeid.TrustDomain, error) {
+	st, err := c.Status(ctx, &adminv1.Empty{})
+	if err != nil {
+		return spiffeid.TrustDomain{}, fmt.Errorf("asking a member: %w", api.FromStatus(err))
+	}
+	td, err := spiffeid.TrustDomainFromString(st.TrustDomain)
+	if err != nil {
+		return td, fmt.Errorf("%w: the member's trust domain: %v", identity.ErrInvalid, err)
+	}
+	return td, nil
+}
+
 // checkRegistered wants the kube cluster registered under that name, and the API server to be its: by another's name, resources here would
 // give identities to pods there.
-func checkRegistered(ctx context.Context, c adminv1.AdminClient, name, kubeconfig string) error {
-	res, err := c.ListKubeClusters(ctx, &adminv1.ListRequest{})
-	if err != nil {
-		return fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err))
-	}
+func checkRegistered(ctx context.Context, c adminv1.AdminClient, name string, check func(context.Context, identity.KubeCluster) error) error {
 	var names []string
-	for _, k := range res.KubeClusters {
-		if names = append(names, k.Name); k.Name == name {
-			if err := kube.CheckSame(ctx, kubeconfig, *api.KubeClusterFromWire(k)); err != nil {
-				return fmt.Errorf("--cluster %s: %w", name, err)
+	for page := (&adminv1.ListRequest{}); ; {
+		res, err := c.ListKubeClusters(ctx, page)
+		if err != nil {
+			return fmt.Errorf("listing the kube clusters: %w", api.FromStatus(err))
+		}
+		for _, k := range res.KubeClusters {
+			if names = append(names, k.Name); k.Name == name {
+				if err := check(ctx, *api.KubeClusterFromWire(k)); err != nil {
+					return fmt.Errorf("--cluster %s: %w", name, err)
+				}
+				return nil
 			}
-			return nil
+		}
+		if page.PageToken = res.NextPageToken; page.PageToken == "" {
+			break
 		}
 	}
 	slices.Sort(names)
