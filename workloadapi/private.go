@@ -13,7 +13,7 @@ import (
 
 // Private is one more socket of a Server that stands for one workload: whoever connects to it is that one, and no process is
 // looked at. That is for sockets that only the workload can reach, such as one in a volume that is mounted into its pod alone: where
-// the sandbox of a pod hides its processes (gVisor, Kata) there is nothing else to go by.
+// the sandbox of a pod hides its processes (gVisor) there is nothing else to go by.
 //
 // What its callers hold is counted against it alone. An idle one costs a descriptor and a goroutine that accepts.
 type Private struct {

@@ -2,7 +2,8 @@
 // services, and the kubelet's plugin registration, on Unix sockets that only root may call.
 //
 // A volume is a folder in memory with a Workload API socket, agent.sock, mounted read-only into one pod. The volume is the identity:
-// whoever connects there is that pod, whatever processes its sandbox hides (gVisor, Kata). What proves it to a member is
+// whoever connects there is that pod, whatever processes its sandbox hides, where the sandbox lets a connection out at all: gVisor does if
+// it is told to, a virtual machine (Kata) never does, and its pods have the files. What proves the identity to a member is
 // the pod's own token, which the kubelet hands over when it mounts the volume and again before the token ends (CSIDriver: tokenRequests,
 // requiresRepublish). No token is written anywhere, and none is in a log or an error.
 //
