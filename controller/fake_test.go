@@ -209,6 +209,7 @@ type kubeWorld struct {
 	member *fakeMember
 	fed    *fakeFederation
 	events *events.FakeRecorder
+	now    time.Time
 	behind bool // what the controllers keep of resources: nothing
 
 	identities  *follower[*v1alpha1.WorkloadIdentity]
@@ -253,6 +254,10 @@ func newKubeWorld(t *testing.T) *kubeWorld {
 	w.identities = followIdentities(cached, w.c, w.events, cfg.Resync, &identities{cfg: cfg, client: w.c, reader: w.c, entries: newMirror(w.member, false, 0)})
 	w.federations = followFederations(cached, w.c, w.events, statusEvery, &federations{cfg})
 	w.clusters = followClusters(cached, w.c, w.events, cfg.Resync, &clusters{cfg})
+	w.now = born()
+	for _, words := range []*wording{w.identities.words, w.federations.words, w.clusters.words} {
+		words.now = func() time.Time { return w.now }
+	}
 	return w
 }
 

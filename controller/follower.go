@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -20,6 +21,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"countersign.io/countersign/controller/v1alpha1"
+	"countersign.io/countersign/identity"
 )
 
 // The pauses after which what failed is tried again.
@@ -27,6 +29,10 @@ const (
 	retryFirst = 100 * time.Millisecond
 	retryMost  = 30 * time.Second
 )
+
+// wordedAgain is how often a resource may be written anew because nobody can be asked still, in other words: each member has its own
+// address, and each connection its own port.
+const wordedAgain = 5 * time.Minute
 
 // maker makes by the admin API what resources of one kind ask for.
 type maker[T client.Object] interface {
@@ -47,21 +53,49 @@ type follower[T client.Object] struct {
 	every  time.Duration // between two looks at a resource of which nothing was heard
 	blank  func() T
 	status func(T) *v1alpha1.Status
+	words  *wording
 }
 
 func followIdentities(c client.Client, live client.Reader, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.WorkloadIdentity]) *follower[*v1alpha1.WorkloadIdentity] {
 	return &follower[*v1alpha1.WorkloadIdentity]{m, c, live, r, every, func() *v1alpha1.WorkloadIdentity { return &v1alpha1.WorkloadIdentity{} },
-		func(w *v1alpha1.WorkloadIdentity) *v1alpha1.Status { return &w.Status.Status }}
+		func(w *v1alpha1.WorkloadIdentity) *v1alpha1.Status { return &w.Status.Status }, newWording()}
 }
 
 func followFederations(c client.Client, live client.Reader, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.FederatedTrustDomain]) *follower[*v1alpha1.FederatedTrustDomain] {
 	return &follower[*v1alpha1.FederatedTrustDomain]{m, c, live, r, every, func() *v1alpha1.FederatedTrustDomain { return &v1alpha1.FederatedTrustDomain{} },
-		func(f *v1alpha1.FederatedTrustDomain) *v1alpha1.Status { return &f.Status.Status }}
+		func(f *v1alpha1.FederatedTrustDomain) *v1alpha1.Status { return &f.Status.Status }, newWording()}
 }
 
 func followClusters(c client.Client, live client.Reader, r events.EventRecorder, every time.Duration, m maker[*v1alpha1.KubeCluster]) *follower[*v1alpha1.KubeCluster] {
 	return &follower[*v1alpha1.KubeCluster]{m, c, live, r, every, func() *v1alpha1.KubeCluster { return &v1alpha1.KubeCluster{} },
-		func(k *v1alpha1.KubeCluster) *v1alpha1.Status { return &k.Status }}
+		func(k *v1alpha1.KubeCluster) *v1alpha1.Status { return &k.Status }, newWording()}
+}
+
+// wording notes when resources of which nobody can be asked were worded anew.
+type wording struct {
+	now  func() time.Time
+	mu   sync.Mutex
+	last map[string]time.Time // by name
+}
+
+func newWording() *wording { return &wording{now: time.Now, last: map[string]time.Time{}} }
+
+// due reports whether it is time to word it anew, which then counts as done.
+func (w *wording) due(name string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	last, ok := w.last[name]
+	if now := w.now(); !ok || now.Sub(last) >= wordedAgain {
+		w.last[name] = now
+		return true
+	}
+	return false
+}
+
+func (w *wording) forget(name string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.last, name)
 }
 
 // options are those of a follower's queue.
@@ -77,6 +111,7 @@ func (f *follower[T]) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Res
 		err = f.live.Get(ctx, req.NamespacedName, obj)
 	}
 	if apierrors.IsNotFound(err) { // it went without its finalizer: by force, or it made nothing
+		f.words.forget(req.Name)
 		return ctrl.Result{}, f.end(ctx, req.Name)
 	} else if err != nil {
 		return ctrl.Result{}, err
@@ -120,11 +155,17 @@ func (f *follower[T]) settle(ctx context.Context, obj T, before client.Object, e
 	reason, status := outcome(err)
 	message := good
 	st.LastError = ""
+	old := meta.FindStatusCondition(st.Conditions, conditionReady)
+	if !errors.Is(err, identity.ErrUnavailable) {
+		f.words.forget(obj.GetName())
+	}
 	if err != nil {
 		message = cut(err.Error())
+		if errors.Is(err, identity.ErrUnavailable) && old != nil && old.Reason == reason && old.Message != message && old.ObservedGeneration == obj.GetGeneration() && !f.words.due(obj.GetName()) {
+			message = old.Message
+		}
 		st.LastError = message
 	}
-	old := meta.FindStatusCondition(st.Conditions, conditionReady)
 	news := old == nil || old.Reason != reason || old.Message != message
 	st.ObservedGeneration = obj.GetGeneration()
 	meta.SetStatusCondition(&st.Conditions, metav1.Condition{Type: conditionReady, Status: status, Reason: reason, Message: message, ObservedGeneration: obj.GetGeneration()})
@@ -149,6 +190,7 @@ func (f *follower[T]) hold(ctx context.Context, obj T) error {
 
 // release lets a resource go once what it made is gone.
 func (f *follower[T]) release(ctx context.Context, obj T) error {
+	f.words.forget(obj.GetName())
 	before := obj.DeepCopyObject().(client.Object)
 	controllerutil.RemoveFinalizer(obj, finalizer)
 	return gone(f.client.Patch(ctx, obj, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})))

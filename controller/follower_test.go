@@ -63,6 +63,18 @@ func TestFollower(t *testing.T) {
 			if !slices.Contains(obj.GetFinalizers(), finalizer) {
 				t.Error("it has no finalizer before anything is made")
 			}
+			// Nor can the others, who say so each in their own way: it is not written each time that it is tried.
+			said := 0
+			for i := range 10 {
+				w.member.fault = fmt.Errorf("%w: no leader at 10.0.0.%d", identity.ErrUnavailable, i)
+				w.settles(obj, reasonFailed)
+				said += len(w.said())
+			}
+			w.now = w.now.Add(wordedAgain)
+			w.settles(obj, reasonFailed, "no leader at 10.0.0.9")
+			if said += len(w.said()); said != 2 {
+				t.Errorf("%d events of nobody who can be asked, want one at once and one later", said)
+			}
 			// The role does not do.
 			w.member.fault, w.member.denied = nil, fmt.Errorf("%w: it needs the role security", identity.ErrDenied)
 			w.settles(obj, reasonDenied, "needs the role security")
@@ -322,8 +334,10 @@ func TestIdentitiesStay(t *testing.T) {
 	w.create(obj)
 	w.settles(obj, reasonReady)
 	for _, err := range []error{identity.ErrInvalid, identity.ErrExists, identity.ErrNotFound, identity.ErrPrecondition, fmt.Errorf("%w: --svid /x with key /y", identity.ErrInvalid)} {
+		w.now = w.now.Add(wordedAgain)
 		w.member.local = err
 		w.settles(obj, reasonFailed, err.Error())
+		w.now = w.now.Add(wordedAgain)
 		w.member.local, w.member.fault = nil, err
 		w.settles(obj, reasonFailed, err.Error())
 		w.member.fault = nil
