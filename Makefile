@@ -13,7 +13,7 @@ demo: ## Three members, an agent, two pods; a new root, the leader dies; nothing
 	@$(GO) run ./integration/demo
 
 test: ## Unit, conformance and process tests, race detector on
-	$(GO) test -race -timeout 10m ./...
+	$(GO) test -race -timeout 20m ./...
 
 # PKCS#11 needs cgo; the clouds' keys need TAGS="aws gcp azure".
 CGO_ENABLED ?= 0
