@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"countersign.io/countersign/identity"
 	"countersign.io/countersign/server"
@@ -62,11 +64,13 @@ func (l *lasting) Invoke(ctx context.Context, method string, args, reply any, op
 		return err
 	}
 	var trailer metadata.MD
+	late := false
 	if err = c.conn.Invoke(ctx, method, args, reply, append(opts, grpc.Trailer(&trailer))...); err != nil {
+		late = status.Code(err) == codes.DeadlineExceeded // which the member may say a moment before this context does
 		err = c.unexplained(err)
 		l.log.Debug("a call of a member failed", "member", c.where, "method", method, "request_id", strings.Join(trailer.Get(server.RequestIDKey), " "), "error", err)
 	}
-	another := errors.Is(err, identity.ErrUnavailable) || ctx.Err() != nil
+	another := errors.Is(err, identity.ErrUnavailable) || late || ctx.Err() != nil
 	// Whoever is denied may have become an admin after the SVID was made, and needs a new one.
 	old := errors.Is(err, identity.ErrDenied) && l.now().Sub(c.made) >= deniedAgain
 	l.give(c, another || errors.Is(err, identity.ErrUnauthenticated) || old, another)

@@ -16,10 +16,12 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"countersign.io/countersign/api"
 	adminv1 "countersign.io/countersign/api/admin/v1"
@@ -221,6 +223,14 @@ func TestLasting(t *testing.T) {
 	fails("a member without a leader", identity.ErrUnavailable)
 	answers("after that", "one "+third)
 	two.set(nil, nil, nil)
+	for _, m := range []*askedMember{one, two} { // that say themselves, and sooner than the caller's clock, that the time is over
+		m.set(status.Error(codes.DeadlineExceeded, "late"), nil, nil)
+		if _, err := ask(); status.Code(err) != codes.DeadlineExceeded && !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a member that is late: %v", err)
+		}
+		m.set(nil, nil, nil)
+		answers("after a member that is late", map[*askedMember]string{one: "two ", two: "one "}[m]+third)
+	}
 	silent := make(chan struct{}, 1)
 	one.set(nil, silent, nil)
 	l.a.timeout = time.Second
