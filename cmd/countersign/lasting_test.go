@@ -110,6 +110,7 @@ func (m *askedMember) Status(ctx context.Context, _ *adminv1.Empty) (*adminv1.St
 		select {
 		case <-hold:
 		case <-ctx.Done():
+			return nil, status.FromContextError(ctx.Err()).Err()
 		}
 	}
 	return &adminv1.StatusResponse{TrustDomain: m.name + " " + serial}, api.ToStatus(fault)
