@@ -62,4 +62,4 @@ man: ## Man pages of every command, into MANDIR (default bin/man/man1)
 	$(GO) test -count 1 -run '^TestManPages$$' ./cmd/countersign ./cmd/countersign-agent -args -man $(MANDIR) -manversion $(VERSION)
 
 clean: ## Remove what was built
-	rm -rf bin integration/kube/bin integration/helm/bin
+	rm -rf bin integration/kube/bin integration/helm/bin integration/gvisor/bin

@@ -84,8 +84,16 @@ func startNode() (n *node.Node, err error) {
 	if err != nil {
 		return nil, err
 	}
+	sandbox, err := filepath.Abs("gvisor/bin")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(filepath.Join(sandbox, "containerd-shim-runsc-v1")); err != nil {
+		sandbox = "" // one test misses it, and says so
+	}
 	n, err = node.Start(ctx, node.Config{
-		Dir: dir, Bin: kube, Debs: filepath.Join(kube, "debs"), Hold: filepath.Join(programs, "hold"), Pause: filepath.Join(programs, "pod"), Issuer: kubeIssuer,
+		Dir: dir, Bin: kube, Debs: filepath.Join(kube, "debs"), Hold: filepath.Join(programs, "hold"), Pause: filepath.Join(programs, "pod"),
+		Sandbox: sandbox, Issuer: kubeIssuer,
 	})
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))

@@ -57,6 +57,11 @@ state = "/run/containerd"
       BinaryName = %[6]q
       SystemdCgroup = false
 `, n.path("cd"), n.path("cri.sock"), PauseImage, n.conf.deb("lib/cni"), n.path("cni"), n.conf.deb("sbin/runc"))
+	sandbox, err := n.sandboxConfig()
+	if err != nil {
+		return err
+	}
+	config += sandbox
 	network := fmt.Sprintf(`{"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": %q, "isGateway": true, "ipam": {
   "type": "host-local", "dataDir": %q, "ranges": [[{"subnet": %q, "rangeStart": "10.88.0.10"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}
 `, Bridge, n.path("ipam"), subnet)

@@ -40,6 +40,8 @@ type Config struct {
 	Debs  string // has the files of the packages containerd, runc and containernetworking-plugins
 	Hold  string // the command hold, built
 	Pause string // a static program that waits, for PauseImage
+	// Sandbox has runsc and containerd-shim-runsc-v1, gVisor's, for the handlers RunscOpen and RunscClosed of a RuntimeClass; empty: neither.
+	Sandbox string
 	// Issuer of service account tokens; the API server's flags beyond the usual.
 	Issuer   string
 	APIFlags []string
@@ -160,6 +162,9 @@ func (n *Node) daemon(ctx context.Context, name string, argv ...string) error {
 		argv = append([]string{"/bin/sh", "-ec", `mkdir -p "$0"; echo 0 > "$0/cgroup.procs"; exec "$@"`, filepath.Join(n.slice, name)}, argv...)
 	}
 	path := n.conf.deb("bin") + ":" + n.conf.deb("sbin") + ":" + os.Getenv("PATH")
+	if n.conf.Sandbox != "" {
+		path = n.conf.Sandbox + ":" + path // containerd finds a shim there by its name
+	}
 	if _, err := n.hold.ask(ctx, Request{Name: name, Argv: argv, Env: []string{"PATH=" + path}, Log: n.path("log/" + name)}); err != nil {
 		return fmt.Errorf("starting %s: %w", name, err)
 	}

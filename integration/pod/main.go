@@ -8,6 +8,7 @@
 //	pod files FOLDER                      says what the SVID in svid.pem, key.pem and bundle.pem is, and of which mode the key is
 //	pod plant FOLDER                      tries to change a folder that is not its to change, and says what it could
 //	pod dial SOCKET                       tries to connect to a socket that is not its to use, and says whether it could
+//	pod kernel                            says which kernel it sees
 //	pod resolve NAME ...                  prints the addresses of each name in a line
 //	pod pause                             waits to be ended, as the container does that keeps a pod's namespaces
 package main
@@ -49,6 +50,10 @@ func main() {
 		plant(arg(2))
 	case "dial":
 		dial(arg(2))
+	case "kernel":
+		var u unix.Utsname
+		err = unix.Uname(&u)
+		fmt.Println(unix.ByteSliceToString(u.Release[:]), unix.ByteSliceToString(u.Version[:]))
 	case "resolve":
 		err = resolve(os.Args[2:])
 	case "connect":
