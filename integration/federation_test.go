@@ -234,7 +234,7 @@ func TestFederation(t *testing.T) {
 	for _, x := range []struct{ from, to *domain }{{a, b}, {b, a}} {
 		addr := freeAddress(t)
 		x.to.workload(x.from, "backend", "frontend", "-listen", addr)
-		callers = append(callers, x.from.workload(x.to, "frontend", "backend", "-dial", addr, "-interval", "20ms"))
+		callers = append(callers, x.from.workload(x.to, "frontend", "backend", "-dial", addr, "-interval", "40ms"))
 	}
 	shaken := func(when string) {
 		t.Helper()

@@ -213,7 +213,7 @@ func (w *world) eventually(what string, ok func() error) {
 		select {
 		case <-w.ctx.Done():
 			w.t.Fatalf("%s: %v: %v", what, w.ctx.Err(), err)
-		case <-time.After(50 * time.Millisecond):
+		case <-time.After(200 * time.Millisecond):
 		}
 	}
 }

@@ -66,7 +66,7 @@ func newRotationIn(t *testing.T, w *world) *rotation {
 	for i := range 2 {
 		addr, backend, frontend := freeAddress(t), fmt.Sprint("backend-", i), fmt.Sprint("frontend-", i)
 		start(i, backend, "-listen", addr, "-peer", id(frontend))
-		r.clients = append(r.clients, start(1-i, frontend, "-dial", addr, "-peer", id(backend), "-interval", "20ms"))
+		r.clients = append(r.clients, start(1-i, frontend, "-dial", addr, "-peer", id(backend), "-interval", "40ms"))
 	}
 	r.shaken()
 	return r
