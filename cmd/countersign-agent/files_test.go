@@ -71,6 +71,9 @@ func TestPublish(t *testing.T) {
 	wg.Go(func() {
 		for ; ctx.Err() == nil; read++ {
 			at, err := os.OpenRoot(filepath.Join(dir, "..data"))
+			if errors.Is(err, os.ErrNotExist) {
+				continue // two were published between two steps of the kernel: on a busy machine
+			}
 			if err != nil {
 				t.Error(err)
 				return
