@@ -65,12 +65,8 @@ func (m *member) controlBy(ctx context.Context, doing string, run func(context.C
 			wait = controlRetryFirst
 		}
 		m.log.Warn(doing+" in the kube cluster has ended: trying again", "kube_cluster", m.c.Kubernetes.Cluster, "error", err)
-		t := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			t.Stop()
+		if !sleepFor(ctx, wait) {
 			return
-		case <-t.C:
 		}
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -101,12 +100,8 @@ func untilReached(ctx context.Context, log *slog.Logger, lacking string, f func(
 			log.Warn(lacking+"; trying again", "error", err)
 			said = text
 		}
-		t := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			t.Stop()
+		if !sleepFor(ctx, wait) {
 			return err
-		case <-t.C:
 		}
 	}
 }

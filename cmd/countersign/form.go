@@ -143,12 +143,8 @@ func (d *dataDir) form(ctx context.Context, f *former) (*seal.Keyring, error) {
 			f.log.Warn("this member cannot begin or join the cluster yet: trying again", "error", err)
 		}
 		said = text
-		t := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			t.Stop()
+		if !sleepFor(ctx, wait) {
 			return nil, fmt.Errorf("forming the cluster was interrupted: %w", err)
-		case <-t.C:
 		}
 	}
 }

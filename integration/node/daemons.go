@@ -131,7 +131,8 @@ func (n *Node) groups() ([]string, error) {
 	return out, nil
 }
 
-// makeGroups makes what the kubelet wants to find, and a group for the daemons' share of the processors. In version 1, a new group of cpuset has no processors until it is told.
+// makeGroups makes what the kubelet wants to find, and a group for the daemons' share of the processors. In version 1, a new group of
+// cpuset has no processors until it is told.
 func (n *Node) makeGroups() error {
 	groups, err := n.groups()
 	if err != nil {
